@@ -1,0 +1,93 @@
+"""The demo's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .environment import Environment
+from .measure import Comparison
+from .quality import Continuation, Quality
+from .result import Result
+from .variants import ALIGNED, COMPILED, EAGER
+
+
+def print_environment(environment: Environment, console: Console) -> None:
+    """Processor, threads and versions, in two lines."""
+    flags = f" ({' '.join(environment.flags)})" if environment.flags else ""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items() if version)
+    console.print(
+        f"{environment.cpu}, {environment.capability}{flags}, {environment.threads} threads on {environment.cores} cores"
+    )
+    console.print(f"Python {environment.python}, {versions}")
+
+
+def print_result(result: Result, console: Console) -> None:
+    """Every table of the demo, then the backend's own report."""
+    console.print(timing_table(result.comparisons, result.model))
+    console.print(quality_table(result.qualities))
+    console.print(continuation_table(result.continuations))
+    console.print(result.report)
+
+
+def timing_table(comparisons: Sequence[Comparison], model: str) -> Table:
+    """Medians of the variants side by side; speedups are ratios of medians."""
+    table = Table(title=f"{model}: one token, decoded in turns with the other variants")
+    table.add_column("context", justify="right")
+    table.add_column("cache")
+    table.add_column("variant")
+    for name in ("ms/token", "tokens/s", f"× {EAGER}", f"× {COMPILED}", "first token, s", "bytes read"):
+        table.add_column(name, justify="right")
+    for comparison in comparisons:
+        for timing in comparison.timings:
+            aligned = timing.variant == ALIGNED
+            table.add_row(
+                str(comparison.context),
+                comparison.cache,
+                f"[bold]{timing.variant}[/]" if aligned else timing.variant,
+                f"{timing.median_ms:.1f}",
+                f"{timing.tokens_per_second:.1f}",
+                f"{comparison.speedup(timing.variant, EAGER):.2f}",
+                f"{comparison.speedup(timing.variant, COMPILED):.2f}",
+                f"{timing.first_token_s:.1f}",
+                f"{comparison.bytes.fraction:.1%}" if aligned and comparison.bytes is not None else "",
+                end_section=timing is comparison.timings[-1],
+            )
+    table.caption = "bytes read: of what the cache holds for its live rows in its own dtype; first token: compilation included"
+    return table
+
+
+def quality_table(qualities: Sequence[Quality]) -> Table:
+    """Distance of every variant from the fp32 model."""
+    first = qualities[0]
+    table = Table(
+        title=f"against the same weights in fp32: {first.positions} teacher-forced positions after {first.context} tokens"
+    )
+    table.add_column("variant")
+    for name in ("KL mean, nats", "KL p99", "same top-1", "NLL", "NLL - fp32's"):
+        table.add_column(name, justify="right")
+    for quality in qualities:
+        table.add_row(
+            quality.variant,
+            f"{quality.kl_mean:.2e}",
+            f"{quality.kl_p99:.2e}",
+            f"{quality.top1_agreement:.1%}",
+            f"{quality.nll:.4f}",
+            f"{quality.nll - quality.nll_reference:+.4f}",
+        )
+    return table
+
+
+def continuation_table(continuations: Sequence[Continuation]) -> Table:
+    """Greedy text, and where it leaves stock eager's."""
+    table = Table(title=f"greedy text after {continuations[0].context} tokens")
+    table.add_column("variant")
+    table.add_column(f"same as {EAGER}")
+    table.add_column("text")
+    for continuation in continuations:
+        different = continuation.first_difference
+        same = f"all {len(continuation.tokens)} tokens" if different is None else f"first {different} tokens"
+        table.add_row(continuation.variant, same, repr(continuation.text))
+    return table
