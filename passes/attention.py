@@ -1,0 +1,160 @@
+"""The attention call itself: is it one that the aligned read computes, whatever cache it reads?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Node
+
+from alignedkv_compile.layout import MAX_HEAD_DIM
+from alignedkv_compile.torch_private import FakeTensor
+
+from .nodes import Declined, arguments, fake, same, tensor_of
+from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall
+
+CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def parse_call(node: Node) -> AttentionCall:
+    """Arguments of a ``scaled_dot_product_attention`` node, defaults filled in."""
+    bound = arguments(node, _PARAMETERS)
+    return AttentionCall(
+        node=node,
+        query=bound.get("query"),
+        key=bound.get("key"),
+        value=bound.get("value"),
+        mask=bound.get("attn_mask"),
+        dropout=bound.get("dropout_p", 0.0),
+        is_causal=bound.get("is_causal", False),
+        scale=bound.get("scale"),
+        enable_gqa=bound.get("enable_gqa", False),
+    )
+
+
+def check_cache_tensor(node: Node, name: str) -> None:
+    """Refuse a cache tensor that the operators cannot hold planes for.
+
+    Raises:
+        Declined: with what is wrong with it.
+    """
+    tensor = fake(node)
+    if type(tensor) not in (FakeTensor, torch.Tensor, torch.nn.Parameter):
+        raise Declined(f"{name} is a tensor subclass ({type(tensor).__name__})")
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        raise Declined(f"{name} is sparse, nested or quantized")
+    if tensor.device.type != "cpu":
+        raise Declined(f"no lowering for device {tensor.device.type} yet")
+    if tensor.dim() != 4:
+        raise Declined(f"{name} has {tensor.dim()} dimensions, not 4")
+    if tensor.dtype not in CACHE_DTYPES:
+        raise Declined(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; supported are bfloat16, float16 and float32")
+    if not isinstance(tensor.shape[1], int) or not isinstance(tensor.shape[3], int):
+        raise Declined(f"the head count or head dimension of {name} is not constant")
+    if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
+        raise Declined(f"head dimension {tensor.shape[3]} of {name} is above {MAX_HEAD_DIM}")
+
+
+def check_cache_pair(key: Node, value: Node) -> None:
+    """Refuse two cache tensors that are no K and V of one layer.
+
+    Raises:
+        Declined: with what differs.
+    """
+    check_cache_tensor(key, "K")
+    check_cache_tensor(value, "V")
+    key_fake, value_fake = fake(key), fake(value)
+    if key is value:
+        raise Declined("K and V are the same tensor")
+    if key_fake.dtype != value_fake.dtype:
+        raise Declined(f"K is {key_fake.dtype}, V is {value_fake.dtype}".replace("torch.", ""))
+    if key_fake.shape[1] != value_fake.shape[1]:
+        raise Declined(f"K has {key_fake.shape[1]} heads, V has {value_fake.shape[1]}")
+    if not same(key_fake.shape[0], value_fake.shape[0]):
+        raise Declined("K and V have different batch sizes")
+
+
+def check_query(call: AttentionCall, key: Node, repeats: int) -> Node:
+    """The query node, once its shape is known to fit the cache.
+
+    Raises:
+        Declined: the query is no ``[B, Hq, Q, Dk]`` for this cache, with ``Hq`` a multiple of its heads.
+    """
+    query, cache = tensor_of(call.query), fake(key)
+    if query is None or not isinstance(call.query, Node) or query.dim() != 4:
+        raise Declined("the query is not a 4-D tensor")
+    heads = query.shape[1]
+    if not isinstance(heads, int) or heads % cache.shape[1]:
+        raise Declined(f"{heads} query heads are no multiple of {cache.shape[1]} KV heads")
+    if heads != cache.shape[1] * repeats and not call.enable_gqa and cache.shape[1] * repeats != 1:
+        raise Declined(f"{heads} query heads read {cache.shape[1] * repeats} KV heads without enable_gqa")
+    if not same(query.shape[0], cache.shape[0]):
+        raise Declined("query and cache have different batch sizes")
+    if not same(query.shape[3], cache.shape[3]):
+        raise Declined("query and K have different head dimensions")
+    if query.dtype not in CACHE_DTYPES:
+        raise Declined(f"the query is {str(query.dtype).removeprefix('torch.')}; supported are bfloat16, float16 and float32")
+    return call.query
+
+
+def check_constants(call: AttentionCall, key: Node) -> float:
+    """The scale, once dropout and causality are known to be off.
+
+    Raises:
+        Declined: ``dropout_p > 0``, ``is_causal``, or one of the arguments is not a constant.
+    """
+    if isinstance(call.dropout, bool) or not isinstance(call.dropout, (int, float)) or call.dropout > 0:
+        raise Declined("dropout_p is above 0")
+    if call.is_causal is not False:
+        raise Declined("is_causal=True over a cache (its mask is aligned to the first row, not to the last)")
+    if not isinstance(call.enable_gqa, bool):
+        raise Declined("enable_gqa is not a constant")
+    if call.scale is None:
+        return 1.0 / math.sqrt(fake(key).shape[3])
+    if isinstance(call.scale, bool) or not isinstance(call.scale, (int, float)):
+        raise Declined("the scale is not a constant")
+    return float(call.scale)
+
+
+def check_mask(call: AttentionCall, rows: int | torch.SymInt) -> Node | None:
+    """The mask node, once it is known to broadcast to ``[B, Hq, Q, rows]``.
+
+    Raises:
+        Declined: it has another dtype, rank or shape.
+    """
+    if call.mask is None:
+        return None
+    mask, query = tensor_of(call.mask), tensor_of(call.query)
+    if mask is None or query is None or not isinstance(call.mask, Node):
+        raise Declined("the mask is not a tensor")
+    if type(mask) not in (FakeTensor, torch.Tensor, torch.nn.Parameter) or mask.layout != torch.strided or mask.is_nested:
+        raise Declined("the mask is a tensor subclass, sparse or nested")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise Declined(f"the mask is {str(mask.dtype).removeprefix('torch.')}, neither bool nor floating")
+    if mask.dim() > 4:
+        raise Declined(f"the mask has {mask.dim()} dimensions")
+    target = (query.shape[0], query.shape[1], query.shape[2], rows)
+    for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False):
+        if not same(size, 1) and not _equal(size, wanted):
+            raise Declined(f"the mask {tuple(mask.shape)} does not broadcast to {target}")
+    return call.mask
+
+
+def is_long(rows: int | torch.SymInt) -> bool:
+    """Whether a query is a prefill. A symbolic length is decided by a guard.
+
+    Raises:
+        Declined: the length depends on data.
+    """
+    if isinstance(rows, torch.SymInt) and not rows.node.has_hint():
+        raise Declined("the query length depends on data")
+    return bool(rows > MAX_ALIGNED_QUERY_ROWS)
+
+
+def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Equality by guard where both sides have an example value; a mask's length is its own symbol in Dynamo's graphs."""
+    if any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in (left, right)):
+        return same(left, right)
+    return bool(left == right)

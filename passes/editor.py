@@ -1,0 +1,99 @@
+"""Adding nodes to, and removing nodes from, the copied graph, with a record of both for :mod:`.verify`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import Argument, Target, map_arg
+
+from alignedkv_compile.torch_private import FakeTensor, FakeTensorMode
+
+from .nodes import example, operation
+
+_ORIGIN_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class GraphEditor:
+    """Edits one graph; every node it inserts carries a fake value and the origin of the node it stands for.
+
+    Dynamo traces under one fake mode and compiles under another that shares its symbols: values in ``meta`` belong to the
+    first, example inputs to the second.
+
+    Attributes:
+        fake_mode: the mode of the values in ``meta``.
+        added: inserted nodes, in order of insertion.
+        removed: names of erased nodes.
+        replaced: for each erased node that had users, what they use now.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.graph = module.graph
+        self.fake_mode = _fake_mode(module)
+        self.added: list[Node] = []
+        self.removed: list[str] = []
+        self.replaced: dict[str, object] = {}
+        self._origin: Node | None = None
+
+    def placeholder(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Node:
+        """Append a graph input: a contiguous CPU tensor."""
+        with self.fake_mode:
+            value = torch.empty(shape, dtype=dtype)
+        last = [node for node in self.graph.nodes if operation(node) == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["example_value"] = value
+        node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd insists on the attribute
+        self.added.append(node)
+        return node
+
+    @contextlib.contextmanager
+    def before(self, anchor: Node, origin: Node) -> Iterator[GraphEditor]:
+        """Insert in front of ``anchor``; new nodes say that they come from where ``origin`` came from."""
+        previous, self._origin = self._origin, origin
+        with self.graph.inserting_before(anchor):
+            yield self
+        self._origin = previous
+
+    def function(self, target: Target, *args: Argument, **kwargs: Argument) -> Node:
+        return self._insert("call_function", target, args, kwargs)
+
+    def method(self, target: str, *args: Argument, **kwargs: Argument) -> Node:
+        return self._insert("call_method", target, args, kwargs)
+
+    def _insert(self, kind: str, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Node:
+        node = self.graph.create_node(kind, target, args, kwargs)
+        if self._origin is not None:
+            node.meta.update({key: self._origin.meta[key] for key in _ORIGIN_METADATA if key in self._origin.meta})
+        values, named = map_arg((args, kwargs), example)  # type: ignore[arg-type, misc]
+        with self.fake_mode, torch.no_grad():
+            if kind == "call_method":
+                value = getattr(values[0], target)(*values[1:], **named)  # type: ignore[arg-type, index]
+            else:
+                value = target(*values, **named)  # type: ignore[operator]
+        node.meta["example_value"] = value
+        self.added.append(node)
+        return node
+
+    def replace(self, node: Node, value: object) -> None:
+        """Give the users of ``node`` a node, a constant or a tuple of them instead, and erase it."""
+        for user in tuple(node.users):
+            user.args = map_arg(user.args, lambda used: value if used is node else used)  # type: ignore[assignment, arg-type, return-value]
+            user.kwargs = map_arg(user.kwargs, lambda used: value if used is node else used)  # type: ignore[assignment, arg-type, return-value]
+        self.replaced[node.name] = value
+        self.erase(node)
+
+    def erase(self, node: Node) -> None:
+        """Remove a node that has no users left."""
+        self.removed.append(node.name)
+        self.graph.erase_node(node)
+
+
+def _fake_mode(module: GraphModule) -> FakeTensorMode:
+    for node in module.graph.nodes:
+        value = example(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode()

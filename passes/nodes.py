@@ -1,0 +1,156 @@
+"""Reading one node of Dynamo's graph: its fake value, the name of its operation, its arguments, what it mutates.
+
+Dynamo's graph is in torch's own vocabulary, before any decomposition, so an operation has one name whether it was written
+as a method (``x.unsqueeze(2)``), a function (``torch.unsqueeze(x, 2)``) or an ATen overload.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from alignedkv_compile.torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket, statically_known_true
+
+ATTENTION = "scaled_dot_product_attention"
+
+_PLAIN_MODULES = ("torch", "_operator", "builtins", "math", "einops")
+_INPLACE_OPERATORS = frozenset(
+    [
+        "setitem",
+        "delitem",
+        "iadd",
+        "isub",
+        "imul",
+        "imatmul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "ilshift",
+        "irshift",
+        "iand",
+        "ior",
+        "ixor",
+    ]
+)
+
+
+class Declined(Exception):  # noqa: N818 - control flow inside the finders, never seen by a user
+    """A finder's refusal; ``str()`` of it is the reason that the report shows."""
+
+
+def example(node: Node) -> object:
+    """Dynamo's fake value of a node: a fake tensor, a number, a tuple of them, or None."""
+    return node.meta.get("example_value")
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """The fake tensor that a node yields, or None when it is no node or yields something else."""
+    value = example(node) if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def fake(node: Node) -> torch.Tensor:
+    """The fake tensor of a node that is known to yield one."""
+    value = example(node)
+    assert isinstance(value, torch.Tensor), f"{node.name} has no tensor"
+    return value
+
+
+def tensors_of(node: Node) -> Iterator[torch.Tensor]:
+    """Every fake tensor inside a node's value (``chunk`` yields several)."""
+    return (leaf for leaf in pytree.tree_leaves(example(node)) if isinstance(leaf, torch.Tensor))
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Identity of a (fake) tensor's storage; fakes of views share it, also those of overlapping graph inputs."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return None
+    return int(tensor.untyped_storage()._cdata)
+
+
+def same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for certain, without adding a guard."""
+    return bool(statically_known_true(left == right))
+
+
+def operation(node: Node) -> str:
+    """Plain name of what a node computes; names outside torch and operator are qualified, so that they match nothing."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        namespace, _, name = _schema_name(target).rpartition("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    if isinstance(target, HigherOrderOperator):
+        return f"higher-order operator {target.name()}"
+    name, module = getattr(target, "__name__", str(target)), _module_of(target)
+    return name if module.partition(".")[0] in _PLAIN_MODULES else f"{module}.{name}"
+
+
+def _schema_name(target: OpOverload | OpOverloadPacket) -> str:
+    return str(target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name)
+
+
+def _module_of(target: object) -> str:
+    owner = getattr(target, "__objclass__", target)  # torch.Tensor.add_ is a method descriptor without a module
+    return str(getattr(owner, "__module__", None) or "")
+
+
+def arguments(node: Node, names: Sequence[str]) -> dict[str, object]:
+    """Positional and keyword arguments of a node, by name."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def mutated_by(node: Node) -> tuple[Node, ...]:
+    """The nodes whose tensors this one writes in place, or may write as far as the graph can tell."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return _inputs(node.args[:1]) if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" else ()
+    if node.op == "call_module":
+        return tuple(node.all_input_nodes)
+    if node.op != "call_function":
+        return ()
+    target = node.target
+    if isinstance(target, OpOverload):
+        return _written_by_schema(node, target)
+    if isinstance(target, OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+        return tuple(dict.fromkeys(one for overload in overloads for one in _written_by_schema(node, overload)))
+    module = _module_of(target).partition(".")[0]
+    if isinstance(target, HigherOrderOperator) or module not in _PLAIN_MODULES:
+        return tuple(node.all_input_nodes)
+    written = _inputs(node.kwargs.get("out"))
+    name = getattr(target, "__name__", "")
+    if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_OPERATORS or _is_inplace_call(node):
+        written += _inputs(node.args[:1] or tuple(node.kwargs.values())[:1])
+    return written
+
+
+def _inputs(value: object) -> tuple[Node, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Node))
+
+
+def _written_by_schema(node: Node, overload: OpOverload) -> tuple[Node, ...]:
+    formal = overload._schema.arguments
+    bound = arguments(node, [argument.name for argument in formal])
+    written = [bound.get(argument.name) for argument in formal if argument.alias_info and argument.alias_info.is_write]
+    return _inputs(written)
+
+
+def _is_inplace_call(node: Node) -> bool:
+    """``torch.nn.functional.relu(x, inplace=True)`` and its kin."""
+    assert callable(node.target)
+    if not _module_of(node.target).startswith("torch.nn.functional"):
+        return bool(node.kwargs.get("inplace", False))
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):
+        return bool(node.kwargs.get("inplace", False))
+    return bool(bound.arguments.get("inplace", False))

@@ -1,0 +1,97 @@
+"""Replacing one attention call by the aligned read."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.fx import Node
+
+from alignedkv_compile.ops import aligned_read_attention
+
+from .editor import GraphEditor
+from .nodes import fake, same
+from .records import AttentionSite
+
+
+class AlignmentOptions(Protocol):
+    """What the passes need of :class:`alignedkv_compile.options.Options`."""
+
+    @property
+    def tolerance(self) -> float: ...
+
+    @property
+    def min_context(self) -> int: ...
+
+    @property
+    def stats(self) -> bool: ...
+
+    def unit_roundoff(self, dtype: torch.dtype) -> float: ...
+
+
+def replace_attention(
+    site: AttentionSite,
+    editor: GraphEditor,
+    options: AlignmentOptions,
+    *,
+    key: Node,
+    value: Node,
+    planes: Node | None,
+    length: Node | int,
+    counters: Node | None,
+) -> None:
+    """Put ``aligned_read_attention`` in the place of a site's attention, and erase the chains that only it used.
+
+    Args:
+        key, value: the cache tensors or append buffers, ``[B, H, C, D]``.
+        length: live rows, the bound of what is read.
+    """
+    original = fake(site.attention)
+    with editor.before(site.attention, site.attention):
+        mask = site.mask
+        while mask is not None and fake(mask).dim() < 4:
+            mask = editor.method("unsqueeze", mask, 0)
+        result = editor.function(
+            aligned_read_attention.default,
+            site.query,
+            key,
+            value,
+            planes,
+            mask,
+            length=length,
+            scale=site.scale,
+            tolerance=float(options.tolerance),
+            unit_roundoff=options.unit_roundoff(fake(key).dtype),
+            min_context=options.min_context,
+            counters=counters,
+            site=site.index,
+        )
+        result = _with_strides_of(original, result, editor)
+    result.meta["tensor_meta"] = site.attention.meta.get("tensor_meta")
+    editor.replace(site.attention, result)
+    for operand in (site.key, site.value):
+        for node in reversed(operand.chain):
+            if not node.users:
+                editor.erase(node)
+
+
+def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) -> Node:
+    """Lay the result out as the original is: a ``view`` that Dynamo recorded behind the attention relies on its strides.
+
+    Inductor fuses this copy, or finds that there is none to make (one query row).
+    """
+    if _same_layout(original, fake(result)):
+        return result
+    order = sorted(range(4), key=lambda dim: (_hint(original.stride(dim)), _hint(original.shape[dim])), reverse=True)
+    inverse = [order.index(dim) for dim in range(4)]
+    permuted = editor.method("permute", result, *order)
+    dense = editor.method("contiguous", permuted)
+    return editor.method("permute", dense, *inverse)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def _same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return all(same(left.shape[dim], 1) or same(left.stride(dim), right.stride(dim)) for dim in range(left.dim()))

@@ -1,0 +1,71 @@
+"""Turning records, which hold graph nodes, into the plain lines of the report."""
+
+from __future__ import annotations
+
+import logging
+
+from torch.fx import Node
+
+from .nodes import operation, tensor_of
+from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Outcome, Pairing, SiteReport
+
+log = logging.getLogger("alignedkv_compile.passes")
+
+
+def report_sites(pairing: Pairing) -> tuple[SiteReport, ...]:
+    """One line per cached attention call, in graph order; each is logged at DEBUG."""
+    grouped = [site for pair in (*pairing.static, *pairing.append) for site in pair.sites]
+    lines = [_site_line(site) for site in (*grouped, *pairing.untouched)] + [_declined_line(site) for site in pairing.declined]
+    lines.sort(key=lambda line: line.index)
+    for line in lines:
+        log.debug("%s %s (%s, %s): %s", line.name, line.where, line.shape, line.outcome.value, line.reason or "aligned read")
+    return tuple(lines)
+
+
+def _site_line(site: AttentionSite) -> SiteReport:
+    long = f"{site.query_rows} query rows are more than {MAX_ALIGNED_QUERY_ROWS}: stock attention"
+    return SiteReport(
+        index=site.index,
+        outcome=site.outcome,
+        name=site.attention.name,
+        where=_where(site.attention),
+        cache=(site.key.source.name, site.value.source.name),
+        shape=f"query {_shape(site.query)}, cache {_shape(site.key.write)}",
+        reason=long if site.outcome is Outcome.PREFILL else "",
+    )
+
+
+def _declined_line(site: DeclinedSite) -> SiteReport:
+    query = site.node.args[0] if site.node.args else site.node.kwargs.get("query")
+    shapes = [f"query {_shape(query)}"] if operation(site.node) == "scaled_dot_product_attention" else []
+    shapes += [f"cache {_shape(cache)}" for cache in site.caches[:1]]
+    return SiteReport(
+        index=site.index,
+        outcome=Outcome.DECLINED,
+        name=site.node.name,
+        where=_where(site.node),
+        cache=tuple(cache.name for cache in site.caches),
+        shape=", ".join(shapes),
+        reason=site.reason,
+    )
+
+
+def _shape(node: object) -> str:
+    tensor = tensor_of(node)
+    return "?" if tensor is None else "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def _where(node: Node) -> str:
+    """``model.layers.0.self_attn`` when Dynamo knows the module, else the last source line, else nothing."""
+    modules = node.meta.get("nn_module_stack")
+    if modules:
+        path = str(list(modules.values())[-1][0])
+        return (
+            path.replace("L['self'].", "")
+            .replace("L['self']", "")
+            .replace("._modules", "")
+            .replace("['", ".")
+            .replace("']", "")
+        )
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else ""
