@@ -1,0 +1,51 @@
+"""Precision-aligned KV caches for ``torch.compile``: each cached number is read only as precisely as its place in the sum deserves.
+
+    model.forward = torch.compile(model.forward, backend="alignedkv")
+
+The backend is found by its name, without importing this package; what follows is for looking at what it did.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import reference as reference  # gives the operators their eager meaning
+from .backend import alignedkv
+from .errors import (
+    AlignedKVError,
+    DeclinedError,
+    OptionValueError,
+    StatisticsDisabledError,
+    UnknownInductorOptionError,
+    UnknownModeError,
+    UnknownOptionError,
+)
+from .options import Options
+from .report import GraphReport, Report, report, reset_report
+from .statistics import LayerStatistics, Statistics, reset_stats, stats
+
+try:
+    __version__ = version("alignedkv-compile")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "unknown"
+
+__all__ = [
+    "alignedkv",
+    "Options",
+    "report",
+    "reset_report",
+    "Report",
+    "GraphReport",
+    "stats",
+    "reset_stats",
+    "Statistics",
+    "LayerStatistics",
+    "AlignedKVError",
+    "DeclinedError",
+    "OptionValueError",
+    "StatisticsDisabledError",
+    "UnknownInductorOptionError",
+    "UnknownModeError",
+    "UnknownOptionError",
+    "__version__",
+]

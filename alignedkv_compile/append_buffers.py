@@ -1,0 +1,142 @@
+"""Growing buffers in place of ``cat([past, new])``: an append writes one row instead of copying the whole cache.
+
+What the caller gets as the concatenated cache is a view of a buffer's live rows. The view that was handed out last may be continued in
+place, once: the rows behind it are free, and no other view reaches there. Every other past is copied into a fresh buffer: one
+that was already continued (a fork), that was cropped or reordered, that somebody wrote to, or that never came from
+here. The values are therefore those of ``cat``, and only strides differ. One thing a fresh tensor allows and a view does not:
+an in-place edit of a view also changes the older and newer views that share its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import torch_private
+from .layout import BLOCK_ROWS, ArenaLayout, padded_rows
+from .rebuild import PLANE_BUILDER, PlaneBuilder
+from .tensor_identity import WeakPairMap, observe
+
+GROWTH = 1.5
+"""Capacity over live rows when a buffer is made: appends then cost a constant number of copies per row."""
+SPARE_ROWS = 256
+"""At least so many rows are free when a buffer is made."""
+
+
+class CacheLengthError(RuntimeError):
+    """A layer's past K and V differ in length, where ``cat`` and attention would have failed too."""
+
+    def __init__(self, key_length: int, value_length: int) -> None:
+        super().__init__(f"the past keys have {key_length} rows but the past values have {value_length}")
+
+
+@dataclass(slots=True)
+class AppendBuffer:
+    """Storage of one layer's K and V with room behind the live rows.
+
+    Attributes:
+        key: ``[B, H, C, Dk]``; rows ``[0, length)`` are live.
+        value: ``[B, H, C, Dv]``.
+        planes: uint8 arena for ``C`` rows that covers the live rows, or None.
+        length: live rows.
+        seen: the two views handed out last, as they were then.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    planes: torch.Tensor | None
+    length: int
+    seen: object = None
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the buffer holds."""
+        return self.key.shape[2]
+
+
+def grown_capacity(length: int) -> int:
+    """Rows of a new buffer that must hold ``length`` rows."""
+    return padded_rows(max(int(length * GROWTH), length + SPARE_ROWS))
+
+
+class AppendBuffers:
+    """Every view that compiled code handed out last, and the buffer that it views; an entry dies with the view."""
+
+    def __init__(self, builder: PlaneBuilder = PLANE_BUILDER) -> None:
+        self._views: WeakPairMap[AppendBuffer] = WeakPairMap()
+        self._builder = builder
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def before_call(
+        self, past_key: torch.Tensor, past_value: torch.Tensor, new_rows: int, *, with_planes: bool
+    ) -> AppendBuffer:
+        """A buffer whose live rows are the past's and which has room for ``new_rows`` more.
+
+        The past loses its claim on the buffer: whoever continues it again gets a copy, also while the call is under way and
+        when it fails.
+
+        Args:
+            past_key: ``[B, H, L, Dk]``.
+            past_value: ``[B, H, L, Dv]``, same dtype.
+            new_rows: rows that the call appends.
+            with_planes: whether the graph reads and writes planes.
+
+        Raises:
+            CacheLengthError: the two pasts have different lengths.
+        """
+        length = past_key.shape[2]
+        if past_value.shape[2] != length:
+            raise CacheLengthError(length, past_value.shape[2])
+        buffer = self._views.pop(past_key, past_value)
+        if buffer is None or buffer.seen != observe(past_key, past_value) or length + new_rows > buffer.capacity:
+            return self._copy(past_key, past_value, length + new_rows, with_planes)
+        if with_planes and buffer.planes is None:
+            buffer.planes = self._build_planes(buffer)
+        elif not with_planes:
+            buffer.planes = None  # the graph does not keep them up
+        return buffer
+
+    def after_call(self, buffer: AppendBuffer, new_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the live rows, ``new_rows`` more than before; they may be continued in place.
+
+        Returns:
+            ``[B, H, L, Dk]`` and ``[B, H, L, Dv]``.
+        """
+        buffer.length += new_rows
+        key_view = buffer.key.narrow(2, 0, buffer.length)
+        value_view = buffer.value.narrow(2, 0, buffer.length)
+        buffer.seen = observe(key_view, value_view)
+        self._views.set(key_view, value_view, buffer)
+        return key_view, value_view
+
+    def _copy(self, past_key: torch.Tensor, past_value: torch.Tensor, rows: int, with_planes: bool) -> AppendBuffer:
+        capacity, length = grown_capacity(rows), past_key.shape[2]
+        with torch_private.normal_tensors():
+            key, value = _with_capacity(past_key, capacity), _with_capacity(past_value, capacity)
+        buffer = AppendBuffer(key, value, None, length)
+        if with_planes:
+            buffer.planes = self._build_planes(buffer)
+        return buffer
+
+    def _build_planes(self, buffer: AppendBuffer) -> torch.Tensor:
+        batch, heads, capacity, key_dim = buffer.key.shape
+        total = ArenaLayout(batch * heads, capacity, key_dim, buffer.value.shape[-1]).total
+        with torch_private.normal_tensors():
+            planes = torch.empty(total, dtype=torch.uint8, device=buffer.key.device)
+        self._builder.rebuild(planes, buffer.key, buffer.value, buffer.length)
+        return planes
+
+
+def _with_capacity(past: torch.Tensor, capacity: int) -> torch.Tensor:
+    batch, heads, length, width = past.shape
+    buffer = past.new_empty(batch, heads, capacity, width)
+    buffer[:, :, :length].copy_(past)
+    buffer[:, :, length:].zero_()  # the graph may read whole blocks; what lies there must at least be numbers
+    return buffer
+
+
+APPEND_BUFFERS = AppendBuffers()
+"""The process's buffers: the graphs of different query lengths continue each other's."""

@@ -1,0 +1,102 @@
+"""``torch.compile(model, backend="alignedkv")``: options, graph passes, Inductor, and the runtime around the compiled graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch.fx
+
+from . import lowering, passes, torch_private
+from .errors import DeclinedError, UnknownOptionError
+from .logs import describe_site, log_rewritten, log_sites
+from .options import OPTION_NAMES, Options, parse
+from .passes.records import Outcome, RewrittenGraph, SiteReport
+from .rebuild import cache_key
+from .report import REGISTRY, GraphReport
+from .runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+
+def alignedkv(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+    **unknown: object,
+) -> Callable[..., Sequence[object]]:
+    """The Dynamo backend: rewrite attention over a KV cache into aligned reads, compile with Inductor.
+
+    Args:
+        gm: Dynamo's graph; never edited.
+        example_inputs: its inputs, fake tensors and ints.
+        mode: as Inductor takes it, see :data:`alignedkv_compile.options.MODES`.
+        options: see :class:`alignedkv_compile.Options`.
+        unknown: nothing else is accepted.
+
+    Returns:
+        A callable with the inputs and outputs of ``gm``.
+
+    Raises:
+        AlignedKVError: a bad mode or option, or a declined site with ``strict=True``.
+    """
+    for name, value in unknown.items():
+        raise UnknownOptionError(name, value, ("mode", "options"))
+    choices = parse(mode, options)
+    graph_report = REGISTRY.open(_traced_function(gm))
+    try:
+        return _compile_rewritten(gm, example_inputs, choices, graph_report)
+    except (DeclinedError, *torch_private.passes_through_backends()):
+        raise
+    except Exception as error:
+        if choices.strict:
+            raise
+        graph_report.fallback = f"internal error, {type(error).__name__}: {error}"
+        graph_report.sites = tuple(_declined(site, graph_report.fallback) for site in graph_report.sites)
+        _log.warning("%s: compiled by stock Inductor after an %s", graph_report.name, graph_report.fallback, exc_info=True)
+        return torch_private.compile_graph(gm, example_inputs, choices.inductor_patches())
+    finally:
+        REGISTRY.add(graph_report)
+
+
+def _compile_rewritten(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[object], options: Options, graph_report: GraphReport
+) -> Callable[..., Sequence[object]]:
+    rewritten = passes.rewrite_graph(gm, example_inputs, options=options)
+    graph_report.sites = rewritten.sites
+    log_sites(graph_report.name, rewritten.sites)
+    declined = [describe_site(site) for site in rewritten.sites if site.outcome is Outcome.DECLINED]
+    if options.strict and declined:
+        raise DeclinedError(declined)
+    if not _is_changed(rewritten):
+        return torch_private.compile_graph(gm, example_inputs, options.inductor_patches())
+    log_rewritten(graph_report.name, rewritten.module)
+    lowering.register()
+    compiled = torch_private.compile_graph(
+        rewritten.module, rewritten.example_inputs, options.inductor_patches(), cache_key(options)
+    )
+    return Runtime(compiled, rewritten, options, graph_report)
+
+
+def _is_changed(graph: RewrittenGraph) -> bool:
+    """Whether anything is left to run our operators for; a graph without sites is stock Inductor's."""
+    if all(site.outcome is Outcome.DECLINED for site in graph.sites):
+        return False
+    return bool(graph.static or graph.append) or any(site.outcome is Outcome.REWRITTEN for site in graph.sites)
+
+
+def _declined(site: SiteReport, reason: str) -> SiteReport:
+    return site if site.outcome is Outcome.DECLINED else replace(site, outcome=Outcome.DECLINED, reason=reason)
+
+
+def _traced_function(gm: torch.fx.GraphModule) -> str:
+    """Module or function that the first node of the graph stands in, "" when Dynamo did not say."""
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            path, module = next(iter(stack.values()))
+            return getattr(module, "__name__", str(module)).rsplit(".", 1)[-1] or str(path)
+    return ""

@@ -1,0 +1,78 @@
+"""The errors a user of ``backend="alignedkv"`` can meet: one small class, one message each.
+
+Dynamo wraps whatever a backend raises while compiling in ``torch._dynamo.exc.BackendCompilerFailed``, whose message ends with
+ours and whose ``inner_exception`` is the object defined here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class AlignedKVError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+def _suggest(name: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=3)
+    return f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+
+
+class UnknownOptionError(AlignedKVError, TypeError):
+    """``options`` (or the backend's keyword arguments) holds a name that does not exist."""
+
+    def __init__(self, name: str, value: object, allowed: Sequence[str]) -> None:
+        super().__init__(
+            f"unknown option {name!r} (given {value!r}); the options of backend 'alignedkv' are {', '.join(allowed)}."
+            + _suggest(name, allowed)
+        )
+
+
+class OptionValueError(AlignedKVError, ValueError):
+    """An option has a value outside of what is allowed."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"option {name!r} is {value!r}; allowed: {allowed}.")
+
+
+class UnknownModeError(AlignedKVError, ValueError):
+    """``mode`` is not one of Inductor's modes."""
+
+    def __init__(self, mode: object, allowed: Sequence[str]) -> None:
+        super().__init__(
+            f"mode is {mode!r}; allowed: None, {', '.join(repr(name) for name in allowed)}." + _suggest(str(mode), allowed)
+        )
+
+
+class UnknownInductorOptionError(AlignedKVError, ValueError):
+    """The option ``inductor`` names a config entry that Inductor does not have."""
+
+    def __init__(self, name: object, value: object, allowed: Iterable[str]) -> None:
+        super().__init__(
+            f"option 'inductor' sets {name!r} to {value!r}, but torch._inductor.config has no such entry; allowed: the names"
+            f" of torch._inductor.list_options()." + _suggest(str(name), allowed)
+        )
+
+
+class DeclinedError(AlignedKVError, RuntimeError):
+    """``strict=True`` and an attention site over a KV cache cannot be rewritten.
+
+    Attributes:
+        sites: one line of text per declined site, with its reason.
+    """
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self.sites = tuple(sites)
+        lines = "".join(f"\n  {line}" for line in self.sites)
+        super().__init__(f"strict=True and {len(self.sites)} cached attention site(s) were declined:{lines}")
+
+
+class StatisticsDisabledError(AlignedKVError, RuntimeError):
+    """``stats()`` was asked for, but no compiled graph collects statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no graph that collects read statistics has been compiled (or none is alive): pass options={'stats': True} to"
+            " torch.compile(..., backend='alignedkv') and run the compiled model once before calling stats()."
+        )

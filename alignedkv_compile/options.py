@@ -1,0 +1,136 @@
+"""What a user may ask of ``torch.compile(model, backend="alignedkv", mode=..., options={...})``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from . import torch_private
+from .errors import OptionValueError, UnknownInductorOptionError, UnknownModeError, UnknownOptionError
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Inductor's modes that keep custom lowerings in use ("lite" sends every op to its eager kernel)."""
+
+UNIT_ROUNDOFF: Mapping[torch.dtype, float] = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-24,
+}
+"""Largest relative error of rounding to nearest, by dtype; the keys are the dtypes that a cache may have."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend; :func:`parse` makes one from what ``torch.compile`` passes on.
+
+    Attributes:
+        tolerance: rms error that reading fewer bits may add to an attention output, in units of the rounding error that the
+            output's dtype makes anyway. 0 reads every bit.
+        min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save.
+        strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is not rewritten.
+        stats: count the bytes read, for :func:`alignedkv_compile.stats`.
+        accuracy: the dtype in whose rounding error ``tolerance`` is measured; None is the cache's own. With ``float16``, an
+            fp32 model gets attention as accurate as fp16 arithmetic would make it.
+        assume_exclusive_cache: trust that nothing but compiled code writes a cache tensor made under
+            ``torch.inference_mode()``. Such tensors count no versions, so a foreign write cannot be seen.
+        inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
+        mode: one of :data:`MODES`, or None.
+    """
+
+    tolerance: float = 2.0
+    min_context: int = 512
+    strict: bool = False
+    stats: bool = False
+    accuracy: torch.dtype | None = None
+    assume_exclusive_cache: bool = False
+    inductor: Mapping[str, object] = field(default_factory=dict, hash=False)
+    mode: str | None = None
+
+    def unit_roundoff(self, dtype: torch.dtype) -> float:
+        """Unit roundoff of ``accuracy``, or of the cache's ``dtype`` when no accuracy was asked for.
+
+        Raises:
+            KeyError: ``dtype`` is none of bfloat16, float16, float32.
+        """
+        return UNIT_ROUNDOFF[self.accuracy or dtype]
+
+    def inductor_patches(self) -> dict[str, object]:
+        """Entries of Inductor's config to set while compiling: those of ``mode``, then those of ``inductor``."""
+        return {**torch_private.mode_patches(self.mode), **self.inductor}
+
+
+def parse(mode: str | None = None, options: Mapping[str, object] | None = None) -> Options:
+    """Check ``mode`` and ``options`` as they arrive from ``torch.compile``.
+
+    Raises:
+        UnknownModeError: ``mode`` is not in :data:`MODES`.
+        UnknownOptionError: a name is not one of the options of :class:`Options`.
+        OptionValueError: a value has the wrong type or range.
+        UnknownInductorOptionError: ``inductor`` names an entry that Inductor's config lacks.
+    """
+    if mode is not None and mode not in MODES:
+        raise UnknownModeError(mode, MODES)
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionValueError("options", options, "a dict of option names to values")
+    values = {}
+    for name, value in (options or {}).items():
+        if name not in _PARSERS:
+            raise UnknownOptionError(str(name), value, OPTION_NAMES)
+        values[name] = _PARSERS[name](name, value)
+    return Options(mode=mode, **values)  # type: ignore[arg-type]
+
+
+def _tolerance(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < math.inf):
+        raise OptionValueError(name, value, "a finite number >= 0 (0 reads all bits)")
+    return float(value)
+
+
+def _row_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionValueError(name, value, "an int >= 0")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise OptionValueError(name, value, "True or False")
+    return value
+
+
+def _accuracy(name: str, value: object) -> torch.dtype | None:
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in UNIT_ROUNDOFF}
+    dtype = by_name.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if value is not None and dtype not in UNIT_ROUNDOFF:
+        raise OptionValueError(name, value, f"None, a torch.dtype or the name of one: {', '.join(by_name)}")
+    return dtype  # type: ignore[return-value]
+
+
+def _inductor(name: str, value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise OptionValueError(name, value, "a dict of entries of torch._inductor.config, e.g. {'freezing': True}")
+    known = torch_private.inductor_config_types()
+    for key, entry in value.items():
+        attribute = str(key).replace("-", "_")
+        if attribute not in known:
+            raise UnknownInductorOptionError(key, entry, known)
+        expected = known[attribute]
+        if isinstance(expected, type) and not isinstance(entry, expected):
+            raise OptionValueError(f"inductor[{key!r}]", entry, f"a value of type {expected.__name__}")
+    return {str(key).replace("-", "_"): entry for key, entry in value.items()}
+
+
+_PARSERS: Mapping[str, Callable[[str, object], object]] = {
+    "tolerance": _tolerance,
+    "min_context": _row_count,
+    "strict": _flag,
+    "stats": _flag,
+    "accuracy": _accuracy,
+    "assume_exclusive_cache": _flag,
+    "inductor": _inductor,
+}
+
+OPTION_NAMES = tuple(entry.name for entry in fields(Options) if entry.name in _PARSERS)

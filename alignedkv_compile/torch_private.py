@@ -1,0 +1,206 @@
+"""Every private name of torch that this package uses, each with the reason why no public one does.
+
+torch is held to one minor release in ``pyproject.toml``; moving to the next one is a change of this file. Imports of the
+compiler itself stand inside functions: importing the package must not cost the seconds that Inductor takes to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+from torch._guards import detect_fake_mode as detect_fake_mode  # side buffers' fakes must live in Dynamo's own mode
+from torch._inductor import config as inductor_config  # the entries that `options={"inductor": ...}` may name
+from torch._inductor import list_mode_options  # what Inductor itself turns a mode into
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # to tell operators with hidden bodies from plain functions
+from torch._ops import OpOverload as OpOverload  # schemas say what an operator mutates
+from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true  # compares without guarding
+from torch._inductor.custom_graph_pass import CustomGraphPass  # the only way to add to the key of Inductor's caches
+from torch._logging import trace_structured  # TORCH_TRACE has no public writer
+
+CompiledGraph = Callable[..., Sequence[object]]
+"""What Inductor makes of a graph: called with the graph's inputs, returns its outputs."""
+
+
+def mode_patches(mode: str | None) -> dict[str, object]:
+    """Entries of Inductor's config that stand for a ``torch.compile`` mode."""
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def inductor_config_types() -> dict[str, type | None]:
+    """Name of every entry of Inductor's config, with its type where ``isinstance`` can check it (else None)."""
+    types = {name: inductor_config.get_type(name) for name in inductor_config.get_config_copy()}
+    return {name: kind if typing.get_origin(kind) is None and isinstance(kind, type) else None for name, kind in types.items()}
+
+
+class CacheKeyPass(CustomGraphPass):
+    """Changes no graph; puts what generated code depends on into the key of FxGraphCache and AOTAutogradCache.
+
+    Inductor hashes the graph, its own sources and its config, but not the source of lowerings and templates that another
+    package registers: without this, an edited template would go on running its old code.
+
+    Args:
+        parts: bytes to hash (sources of the lowerings, options, versions).
+    """
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        self._uuid = digest.digest()
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        return None
+
+    def uuid(self) -> bytes:
+        return self._uuid
+
+
+def compile_graph(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    patches: Mapping[str, object],
+    cache_key: CacheKeyPass | None = None,
+) -> CompiledGraph:
+    """Compile ``module`` with Inductor, as ``torch.compile(backend="inductor")`` does with Dynamo's graph.
+
+    Args:
+        module: a graph as Dynamo makes it; Inductor takes ownership.
+        example_inputs: fakes, in the order of its placeholders.
+        patches: entries of Inductor's config to set while compiling.
+        cache_key: appended to ``post_grad_custom_post_pass``, after whatever stands there.
+    """
+    from torch._inductor.compile_fx import compile_fx  # torch.compile itself would trace through Dynamo again
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes  # the slot holds None, one pass or several
+
+    patches = dict(patches)
+    if cache_key is not None:
+        slot = "post_grad_custom_post_pass"
+        present = patches.get(slot, getattr(inductor_config, slot))
+        patches[slot] = [*get_custom_graph_passes(present), cache_key]  # type: ignore[arg-type]
+    return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
+
+
+def passes_through_backends() -> tuple[type[BaseException], ...]:
+    """Exceptions with which Dynamo steers itself; a backend that swallowed them would break tracing."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return (RestartAnalysis, SkipFrame)
+
+
+def compile_lock() -> threading.RLock:  # type: ignore[valid-type]
+    """The lock under which Dynamo compiles: compiling on our own beside it is not thread-safe."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
+@dataclass(frozen=True)
+class GuardedGraph:
+    """A function compiled for symbolic sizes, and the condition on the sizes under which it holds.
+
+    Attributes:
+        compiled: takes the sizes that became symbols, then the arguments.
+        symbolic_sizes: (argument, dimension) of each of these sizes.
+        guards: a Python expression over the arguments' sizes, or None when it holds for all.
+        evaluate: evaluates ``guards`` for a list of arguments.
+    """
+
+    compiled: CompiledGraph
+    symbolic_sizes: tuple[tuple[int, int], ...]
+    guards: str | None
+    evaluate: Callable[[str, Sequence[object]], bool]
+
+    def accepts(self, args: Sequence[torch.Tensor]) -> bool:
+        """Whether the sizes of ``args`` satisfy what the compiler assumed of them."""
+        return self.guards is None or self.evaluate(self.guards, args)
+
+    def __call__(self, *args: torch.Tensor) -> Sequence[object]:
+        return self.compiled(*(args[index].shape[dim] for index, dim in self.symbolic_sizes), *args)
+
+
+def compile_function(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    args: Sequence[torch.Tensor],
+    dynamic_dims: Sequence[Sequence[int]],
+    patches: Mapping[str, object],
+    cache_key: CacheKeyPass,
+) -> GuardedGraph:
+    """Compile a straight-line function of tensors with Inductor, without Dynamo.
+
+    ``torch.compile`` would do, but not from within a call of another compiled function: the user's ``recompile_limit``, stance and
+    ``torch._dynamo.reset()`` would reach in.
+
+    Args:
+        function: traced by ``torch.fx.symbolic_trace``; returns a tuple of tensors.
+        args: arguments whose dtypes, devices, strides and static sizes the result holds for.
+        dynamic_dims: for each argument, the dimensions whose size is symbolic.
+        patches: as in :func:`compile_graph`.
+        cache_key: as in :func:`compile_graph`.
+    """
+    from torch._dynamo.source import ConstantSource  # a symbol needs a source, though no guard is installed for it
+    from torch._guards import TracingContext, tracing  # without it, the caches know no symbols
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env)
+    module = torch.fx.symbolic_trace(function)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    fakes = []
+    for node, arg, dims in zip(placeholders, args, dynamic_dims, strict=True):
+        sizes = [DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC for dim in range(arg.dim())]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * arg.dim())
+        fake = mode.from_tensor(arg, symbolic_context=context, source=ConstantSource(f"alignedkv_{node.name}"))
+        fakes.append(fake)
+    # The caches check an entry's guards on the graph's SymInt inputs alone, so every symbol must be an input of its own.
+    symbolic_sizes = tuple(
+        (index, dim) for index, dims in enumerate(dynamic_dims) for dim in dims if isinstance(fakes[index].shape[dim], torch.SymInt)
+    )
+    sizes_first = [fakes[index].shape[dim] for index, dim in symbolic_sizes]
+    with module.graph.inserting_before(placeholders[0]):
+        size_nodes = [module.graph.placeholder(f"size_{index}_{dim}") for index, dim in symbolic_sizes]
+    inputs: list[object] = [*sizes_first, *fakes]
+    for node, example in zip([*size_nodes, *placeholders], inputs, strict=True):
+        node.meta["example_value"] = example
+        node._dynamo_source = None  # type: ignore[attr-defined]
+    for node in module.graph.nodes:
+        node.type = None  # annotations are strings here, which AOTAutogradCache cannot hash
+    module.recompile()
+    with compile_lock(), torch.no_grad(), tracing(TracingContext(mode)):
+        compiled = compile_graph(module, inputs, patches, cache_key)
+        guards = shape_env.produce_guards_expression(fakes)
+    return GuardedGraph(compiled, symbolic_sizes, guards, shape_env.evaluate_guards_expression)
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Make tensors that count versions and may be written anywhere, also inside ``torch.inference_mode()``."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def write_trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to the structured trace (``TORCH_TRACE``), where ``tlparse`` shows it; ``text`` is only called then."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def fresh_size(mode: FakeTensorMode, example: int, name: str) -> torch.SymInt:
+    """A new symbol for the size of a graph input, backed by ``example``.
+
+    An unbacked symbol would not do: Inductor takes the sizes of its inputs from example values.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])  # type: ignore[arg-type]
+    return mode.from_tensor(torch.empty(example), symbolic_context=context, source=ConstantSource(name)).shape[0]
