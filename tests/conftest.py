@@ -1,0 +1,60 @@
+"""What every test gets: caches of its own, no network, a fresh Dynamo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# Before torch is imported: compiled code of other runs must neither be used nor left behind.
+_caches = tempfile.mkdtemp(prefix="alignedkv-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_caches, "inductor")
+os.environ["TRITON_CACHE_DIR"] = os.path.join(_caches, "triton")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.pop("TORCH_LOGS", None)
+
+_quiet = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large, hypothesis.HealthCheck.filter_too_much]
+hypothesis.settings.register_profile("ci", max_examples=12, deadline=None, derandomize=True, suppress_health_check=_quiet)
+hypothesis.settings.register_profile("nightly", max_examples=400, deadline=None, suppress_health_check=_quiet)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_caches, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a test tried to connect to {address!r}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", guarded)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """No test sees code, reports or counters of another; tests that never import torch pay nothing."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    if "alignedkv_compile.report" in sys.modules:
+        import alignedkv_compile
+
+        alignedkv_compile.reset_report()
