@@ -1,0 +1,113 @@
+"""Typed views of a plane arena's sections, and the packing of codes into nibbles, in eager torch.
+
+The kernels address the arena by the byte offsets of :mod:`alignedkv_compile.layout`; the reference, the tests and the state reach
+the same bytes through these views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .layout import PLANES_STALE, PLANES_VALID, SCORE_GROUP, ArenaLayout
+
+
+@dataclass(frozen=True)
+class ArenaViews:
+    """Views that alias one arena, ``BH`` = batch x KV heads, ``rows`` padded, ``D'`` padded head dimensions.
+
+    Attributes:
+        header: int64 ``[8]``.
+        key_scale: float32 ``[BH, rows]``.
+        value_scale: int32 ``[BH, rows]``, two bfloat16 halves (see :func:`unpack_value_scale`).
+        value_count: int32 ``[BH, blocks]``.
+        value_sum: float32 ``[BH, blocks, Dv]``.
+        key_hi: uint8 ``[BH, rows / 16, Dk' / 8, 16, 4]`` in score order.
+        key_mid: uint8 ``[BH, rows, Dk' / 2]`` in row order.
+        value_hi, value_mid: uint8 ``[BH, rows, Dv' / 2]`` in row order.
+    """
+
+    header: torch.Tensor
+    key_scale: torch.Tensor
+    value_scale: torch.Tensor
+    value_count: torch.Tensor
+    value_sum: torch.Tensor
+    key_hi: torch.Tensor
+    key_mid: torch.Tensor
+    value_hi: torch.Tensor
+    value_mid: torch.Tensor
+
+
+def arena_views(planes: torch.Tensor, layout: ArenaLayout) -> ArenaViews:
+    """Views of ``planes`` (uint8 ``[>= layout.total]``).
+
+    Raises:
+        ValueError: the arena is smaller than its layout.
+    """
+    if planes.numel() < layout.total:
+        raise ValueError(f"the plane arena holds {planes.numel()} bytes, its layout needs {layout.total}")
+    heads, rows, blocks = layout.heads, layout.rows, layout.blocks
+
+    def section(offset: int, size: int) -> torch.Tensor:
+        return planes.narrow(0, offset, size)
+
+    records = section(layout.value_sum, heads * blocks * layout.block_record).view(heads, blocks, layout.block_record)
+    floats = records.view(torch.float32)
+    key_bytes, value_bytes = layout.key_plane_row, layout.value_plane_row
+    return ArenaViews(
+        header=section(0, 64).view(torch.int64),
+        key_scale=section(layout.key_scale, heads * rows * 4).view(torch.float32).view(heads, rows),
+        value_scale=section(layout.value_scale, heads * rows * 4).view(torch.int32).view(heads, rows),
+        value_count=records.view(torch.int32)[..., 0],
+        value_sum=floats[..., 1:],
+        key_hi=section(layout.key_hi, heads * rows * key_bytes).view(
+            heads, rows // SCORE_GROUP, key_bytes // 4, SCORE_GROUP, 4
+        ),
+        key_mid=section(layout.key_mid, heads * rows * key_bytes).view(heads, rows, key_bytes),
+        value_hi=section(layout.value_hi, heads * rows * value_bytes).view(heads, rows, value_bytes),
+        value_mid=section(layout.value_mid, heads * rows * value_bytes).view(heads, rows, value_bytes),
+    )
+
+
+def mark(planes: torch.Tensor, *, valid: bool) -> None:
+    """Say in the header whether the planes may be read; kernels read the original cache when they may not."""
+    planes.narrow(0, 0, 8).view(torch.int64).fill_(PLANES_VALID if valid else PLANES_STALE)
+
+
+def pack_row_order(nibbles: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[..., D']`` values below 16 to ``[..., D'/2]`` bytes: element ``i`` low, ``i + D'/2`` high."""
+    half = nibbles.shape[-1] // 2
+    return nibbles[..., :half] | nibbles[..., half:] << 4
+
+
+def unpack_row_order(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`pack_row_order`."""
+    return torch.cat([packed & 15, packed >> 4], -1)
+
+
+def pack_score_order(nibbles: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[..., D']`` values below 16 to ``[..., D'/8, 4]`` bytes, one token's part of a score group."""
+    runs = nibbles.view(*nibbles.shape[:-1], -1, 2, 4)
+    return runs[..., 0, :] | runs[..., 1, :] << 4
+
+
+def unpack_score_order(packed: torch.Tensor) -> torch.Tensor:
+    """``[..., groups, D'/8, 16, 4]`` bytes in score order to nibbles ``[..., rows, D']``."""
+    runs = torch.stack([packed & 15, packed >> 4], -2).movedim(-3, -4)
+    return runs.reshape(*packed.shape[:-4], packed.shape[-4] * SCORE_GROUP, packed.shape[-3] * 8)
+
+
+def pack_value_scale(scale: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """float32 scales and norms to int32: the scale rounded *up* to bfloat16 in the high half, the norm to nearest in the low."""
+    bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    high = torch.where(torch.isfinite(scale), (bits + 0xFFFF) >> 16, bits >> 16 | torch.isnan(scale).to(torch.int64) << 6)
+    low = norm.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    word = high << 16 | low
+    return (word - ((word >> 31 & 1) << 32)).to(torch.int32)
+
+
+def unpack_value_scale(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 words to float32 ``(scale, norm)``."""
+    wide = words.to(torch.int32)
+    return (wide & -65536).view(torch.float32), (wide << 16).view(torch.float32)

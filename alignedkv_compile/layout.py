@@ -1,0 +1,163 @@
+"""Where every byte of the sidecar lies: the one file that knows the inside of a plane arena.
+
+A *plane arena* holds the narrow planes of one pair of cache tensors (K and V of one layer) in a single 1-D ``uint8``
+tensor, so that a compiled graph takes one extra input per layer. Its sections follow each other, each 64-byte aligned and
+contiguous over ``[batch, kv head, row]``; rows are padded to whole blocks of :data:`BLOCK_ROWS` tokens:
+
+=============  =====================  ==================================================================================
+section        bytes per row          content
+=============  =====================  ==================================================================================
+header         (64 in all)            int64[0] is :data:`PLANES_VALID` or :data:`PLANES_STALE`; the rest is reserved
+key_scale      4                      float32, ``absmax(H k) * 16/15``
+value_scale    4                      two bfloat16 halves of one uint32: high ``absmax(v) * 16/15`` rounded up, low ``||v||``
+value_sum      (4 + 4 Dv) per block   int32 number of rows summed so far (-1: not usable), then the float32 sum of those V rows
+key_hi         Dk'/2                  4-bit plane of K in *score order* (below)
+key_mid        Dk'/2                  4-bit plane of K in *row order*
+value_hi       Dv'/2                  4-bit plane of V in row order
+value_mid      Dv'/2                  4-bit plane of V in row order
+=============  =====================  ==================================================================================
+
+``D'`` is the head dimension padded to a multiple of 16 with zero codes. *Row order*: byte ``i`` of a row holds element ``i``
+in its low and element ``i + D'/2`` in its high nibble, so that eight or sixteen bytes unpack into two runs of consecutive
+elements. *Score order*: groups of 16 tokens; inside a group, for each run ``g`` of eight elements, 64 bytes: token ``t``'s
+bytes ``4t..4t+3`` hold elements ``8g..8g+3`` in the low and ``8g+4..8g+7`` in the high nibbles. A 64-byte load then feeds
+int8 dot products that leave one sum per token, with no horizontal addition.
+
+The 16-bit code that the planes are cut from is ``X = clamp(floor(Hx * 32768 / scale + 4096 * dither), int16)``; a plane stores a nibble
+of ``X + 32768``, so nibbles are unsigned everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+IntLike = TypeVar("IntLike", int, torch.SymInt)
+
+BLOCK_ROWS = 128
+"""Tokens per block: the unit of the V sums and of row padding."""
+SCORE_GROUP = 16
+"""Tokens per group of the score order."""
+ALIGNMENT = 64
+"""Bytes; every section starts on a multiple of it."""
+ELEMENT_PADDING = 16
+"""Head dimensions are padded to a multiple of this."""
+MAX_HEAD_DIM = 512
+
+PLANES_STALE = 0
+"""Header word: the planes say nothing about the cache; read the 16-bit (or 32-bit) original."""
+PLANES_VALID = 1
+
+DITHER_MULTIPLIER = 2654435769
+"""Golden ratio in units of 2**-32. Row ``j`` is shifted by ``((j * DITHER_MULTIPLIER) mod 2**32) / 2**32 - 1/2`` steps of the
+4-bit plane: a low-discrepancy sequence, so that repeated tokens do not repeat their rounding errors."""
+COARSE_STEP = 4096
+"""One step of the 4-bit plane, in units of the 16-bit code."""
+MIDDLE_STEP = 256
+"""One step of both planes together, in units of the 16-bit code."""
+CODE_RANGE = 32768
+"""The 16-bit code of a number equal to its row's scale."""
+HEADROOM = 16.0 / 15.0
+"""Scale head-room that keeps the dithered code inside int16."""
+
+
+def _align(size: IntLike) -> IntLike:
+    return (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Elements per stored row: ``head_dim`` rounded up to a multiple of :data:`ELEMENT_PADDING`."""
+    return -(-head_dim // ELEMENT_PADDING) * ELEMENT_PADDING
+
+
+def padded_rows(capacity: IntLike) -> IntLike:
+    """Rows per (batch, head) in every section: ``capacity`` rounded up to whole blocks."""
+    return (capacity + (BLOCK_ROWS - 1)) // BLOCK_ROWS * BLOCK_ROWS
+
+
+def hadamard_blocks(head_dim: int) -> tuple[int, ...]:
+    """Sizes of the orthonormal Hadamard blocks that mix a K row: the binary digits of ``head_dim``, largest first."""
+    return tuple(1 << bit for bit in reversed(range(head_dim.bit_length())) if head_dim >> bit & 1)
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """Byte offsets of the sections for one pair of caches.
+
+    Args:
+        heads: batch size times number of KV heads.
+        capacity: rows that the cache tensors hold, live or not (an int or a SymInt).
+        key_dim: head dimension of K.
+        value_dim: head dimension of V.
+    """
+
+    heads: int
+    capacity: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def rows(self) -> int:
+        """Padded rows per (batch, head)."""
+        return padded_rows(self.capacity)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of :data:`BLOCK_ROWS` rows per (batch, head)."""
+        return (self.capacity + (BLOCK_ROWS - 1)) // BLOCK_ROWS
+
+    @property
+    def key_plane_row(self) -> int:
+        """Bytes of one row of one K plane."""
+        return padded_head_dim(self.key_dim) // 2
+
+    @property
+    def value_plane_row(self) -> int:
+        """Bytes of one row of one V plane."""
+        return padded_head_dim(self.value_dim) // 2
+
+    @property
+    def block_record(self) -> int:
+        """Bytes of one record of ``value_sum``: int32 count, then ``value_dim`` float32 sums."""
+        return 4 + 4 * self.value_dim
+
+    @property
+    def key_scale(self) -> int:
+        return ALIGNMENT
+
+    @property
+    def value_scale(self) -> int:
+        return self.key_scale + _align(self.heads * self.rows * 4)
+
+    @property
+    def value_sum(self) -> int:
+        return self.value_scale + _align(self.heads * self.rows * 4)
+
+    @property
+    def key_hi(self) -> int:
+        return self.value_sum + _align(self.heads * self.blocks * self.block_record)
+
+    @property
+    def key_mid(self) -> int:
+        return self.key_hi + _align(self.heads * self.rows * self.key_plane_row)
+
+    @property
+    def value_hi(self) -> int:
+        return self.key_mid + _align(self.heads * self.rows * self.key_plane_row)
+
+    @property
+    def value_mid(self) -> int:
+        return self.value_hi + _align(self.heads * self.rows * self.value_plane_row)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole arena; the last section is followed by room for one vector load past its end."""
+        return self.value_mid + _align(self.heads * self.rows * self.value_plane_row) + ALIGNMENT
+
+
+def arena_layout(key: torch.Tensor, value: torch.Tensor) -> ArenaLayout:
+    """Layout for caches ``key [B, H, C, Dk]`` and ``value [B, H, C, Dv]``; sizes may be symbolic."""
+    batch, heads, capacity, key_dim = key.shape
+    return ArenaLayout(batch * heads, capacity, key_dim, value.shape[-1])

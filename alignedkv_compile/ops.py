@@ -1,0 +1,97 @@
+"""Schemas and fakes of the two operators that the passes write and the lowerings implement.
+
+Only ``torch`` is imported here: passes and lowerings meet at these names and never import each other. The meaning of the
+operators is :mod:`alignedkv_compile.reference`, which also runs whenever an operator is called outside Inductor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAMESPACE = "alignedkv"
+
+COUNTER_FIELDS = (
+    "calls",
+    "bytes_read",
+    "bytes_full",
+    "rows",
+    "key_rows_mid",
+    "key_rows_full",
+    "value_rows_hi",
+    "value_rows_mid",
+    "value_rows_full",
+)
+"""Columns of the int64 ``counters [sites, len(COUNTER_FIELDS)]`` tensor. ``rows`` are live cache rows per KV head, summed
+over batch and heads; the others count rows that were read beyond the 4-bit K plane. ``bytes_full`` is what a kernel
+that streams the cache in its own dtype would read."""
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+_library.define(
+    "quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()"
+)
+_library.define(
+    "aligned_read_attention(Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, SymInt length, "
+    "float scale, float tolerance, float unit_roundoff, int min_context, Tensor(a!)? counters, int site) -> Tensor"
+)
+
+quantize_on_write = torch.ops.alignedkv.quantize_on_write
+"""Write the narrow planes of new cache rows, in place.
+
+Args:
+    planes: uint8 ``[N]``, a plane arena for ``capacity`` rows (see :mod:`alignedkv_compile.layout`); mutated.
+    key: ``[B, H, S, Dk]`` in bf16, fp16 or fp32: the rows that the cache tensor holds at ``positions``.
+    value: ``[B, H, S, Dv]``, same dtype.
+    positions: int64 ``[S]``, row numbers in the cache; a number outside ``[0, capacity)`` is ignored here, since the cache
+        write that this op accompanies raises for it.
+    capacity: rows per (batch, head) of the cache tensors.
+"""
+
+aligned_read_attention = torch.ops.alignedkv.aligned_read_attention
+"""Softmax attention of up to 16 query rows over a cache, each cached number read only as precisely as it deserves.
+
+Args:
+    query: ``[B, Hq, Q, Dk]``, ``Hq`` a multiple of the cache's ``H`` (grouped-query attention); any strides.
+    key: ``[B, H, C, Dk]``, the authoritative cache *after* this step's write; last dimension contiguous.
+    value: ``[B, H, C, Dv]``, likewise.
+    planes: the pair's plane arena, or None: then, and when its header says stale, all bits are read from ``key`` and ``value``.
+    mask: None, or broadcastable to ``[B, Hq, Q, C]``: bool (True attends) or floating (added to the scores). A row
+        that no query row attends to is not read at all and changes nothing, whatever it holds.
+    length: rows ``[0, length)`` are live; ``length <= C``. The mask's last dimension may be ``length`` or ``C``.
+    scale: multiplies ``query @ key^T``.
+    tolerance: added rms error allowed, in units of the output's rounding error; 0 reads all bits.
+    unit_roundoff: ``u`` of the dtype in whose rounding error the tolerance is measured (2**-8 for bf16, 2**-11 for fp16,
+        2**-24 for fp32).
+    min_context: below this many live rows all bits are read.
+    counters: None, or int64 ``[sites, len(COUNTER_FIELDS)]``; row ``site`` is added to.
+    site: row of ``counters``.
+
+Returns:
+    ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``.
+"""
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize_on_write")
+def _quantize_on_write_fake(
+    planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int
+) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::aligned_read_attention")
+def _aligned_read_attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    length: int,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    counters: torch.Tensor | None,
+    site: int,
+) -> torch.Tensor:
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, heads, rows, value.shape[-1])

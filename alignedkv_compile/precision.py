@@ -1,0 +1,158 @@
+"""The error model and the read policy: every formula once, in sympy.
+
+The reference evaluates these expressions through :func:`evaluate`; generated C++ gets them through :func:`print_cpp_function`. Notation and
+units follow DESIGN section 4 (after AlignedKV, arXiv 2409.16546): an addend of the attention sum is one cache row's contribution,
+and it is read at the fewest bits whose rounding error stays below a threshold ``theta`` that is the same for all addends.
+
+Symbols (all positive):
+
+* ``alpha``: tolerance, the allowed added rms error in units of the output's own rounding error;
+* ``u``: unit roundoff of the dtype that the tolerance is measured in;
+* ``R``: norm of the attention output (estimated while reading);
+* ``p``: softmax weight of a row; ``s_K``, ``s_V``: stored scales of its K and V row (``absmax * 16/15``);
+* ``v``: norm of its V row; ``n``: rms of ``v`` over the live rows; ``N``: number of live rows;
+* ``q``: norm of the query row times the softmax scale; ``D``: head dimension of V; ``b``: bits read, 4 or 8.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import sympy
+
+alpha, u, R, N, n, D, q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q s_K s_V p v b", positive=True)
+B, E, theta, S_half, m, left = sympy.symbols("B E theta S_half m left", positive=True)
+P_sK, P_sKv, P_sV = sympy.symbols("P_sK P_sKv P_sV", positive=True)
+rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = sympy.symbols(
+    "rows_K8 rows_K rows_V4 rows_V8 rows_V row_K row_V plane_K plane_V", positive=True
+)
+
+KAPPA = sympy.sqrt(1 / (8 * sympy.log(2)))
+"""rms of a rounding error over ``u`` times the number's magnitude, for a mantissa that is log-uniform in [1, 2)."""
+
+SKIP_RESIDUAL = sympy.Rational(1, 40)
+"""Empirical (SmolLM2-135M, three texts): rows skipped in favour of their block's mean leave an error of about 0.025 times
+their mass times ``n``. This constant is measured, not derived."""
+
+QUERY_NOISE = 2
+"""Variance factor of a score read at 8 bits: the query of the score pass is one int8 term, whose rounding error has about
+the variance of the 8-bit key's. At 4 bits the key's own error is 256 times as large and the factor is left out."""
+
+STREAM_FRACTION = sympy.Rational(9, 10)
+"""When the predicted bytes exceed this fraction of the cache's own, the cache is streamed in full instead."""
+
+rho = KAPPA * u * R
+"""rms rounding error of the output in its own dtype."""
+
+budget = alpha * rho
+"""``B``: the allowed added rms error."""
+
+
+def step(scale: sympy.Expr) -> sympy.Expr:
+    """Quantization step of a row read at ``b`` bits; the stored scale already holds the 16/15 head-room of the dither."""
+    return scale * 2 / 2**b
+
+
+def _query_noise(bits: sympy.Expr) -> sympy.Expr:
+    return sympy.Piecewise((QUERY_NOISE, sympy.Eq(bits, 8)), (1, True))
+
+
+key_error_squared = p**2 * step(s_K) ** 2 * q**2 / 12 * _query_noise(b) * (v**2 + R**2)
+"""``eK^2``: squared error that one K row read at ``b`` bits adds to the output. The score error ``step * q / sqrt(12)`` moves the
+output by ``p * ||v_j - o||``, whose square is ``v^2 + R^2`` for a V row uncorrelated with the output."""
+
+value_error_squared = p**2 * step(s_V) ** 2 * D / 12
+"""``eV^2``: squared error that one V row read at ``b`` bits adds to the output."""
+
+key_coefficient = sympy.simplify(sympy.sqrt(key_error_squared / (p**2 * s_K**2 * (v**2 + R**2))))
+"""``eK = key_coefficient * p * s_K * sqrt(v^2 + R^2)``."""
+
+value_coefficient = sympy.sqrt(value_error_squared / (p**2 * s_V**2))
+"""``eV = value_coefficient * p * s_V``."""
+
+addend_sum = key_coefficient.subs(b, 8) * (P_sKv + R * P_sK) + value_coefficient.subs(b, 8) * P_sV
+"""``E``: bound on the sum of all addends' errors at 8 bits, from the sums ``P_sKv = sum p s_K v``, ``P_sK = sum p s_K`` and
+``P_sV = sum p s_V``. Empirical in one point: rows that stay at 4 bits are entered with their 8-bit error."""
+
+threshold = sympy.Max(B**2 / E, B / sympy.sqrt(2 * N))
+"""``theta``: addends with ``e <= theta`` have ``sum e^2 <= min(theta E, 2 N theta^2) <= B^2`` for independent errors."""
+
+remaining_budget = sympy.sqrt(sympy.Max(B**2 - left, B**2 / 4))
+"""``B`` once the K rows left at 4 bits have spent ``left`` (a sum of squares)."""
+
+skip_mass = alpha * rho / (SKIP_RESIDUAL * n)
+"""``m``: softmax mass that may be answered by block means instead of V rows."""
+
+skip_threshold = sympy.Max(m / N, (m / S_half) ** 2)
+"""``tau``: rows with ``p <= tau`` have total mass at most ``m``, since ``sum p <= min(N tau, sqrt(tau) sum sqrt(p))``."""
+
+predicted_bytes = rows_K8 * plane_K + rows_K * row_K + (rows_V4 + rows_V8) * plane_V + rows_V * row_V
+"""Bytes to be read after the score pass, from row counts and bytes per row (``plane_*`` one 4-bit plane, ``row_*`` the cache)."""
+
+EXPRESSIONS: Mapping[str, sympy.Expr] = {
+    "budget": budget,
+    "key_coefficient": key_coefficient,
+    "value_coefficient": value_coefficient,
+    "addend_sum": addend_sum,
+    "threshold": threshold,
+    "remaining_budget": remaining_budget,
+    "skip_mass": skip_mass,
+    "skip_threshold": skip_threshold,
+    "predicted_bytes": predicted_bytes,
+}
+"""Every named formula that the kernels evaluate."""
+
+
+@functools.cache
+def _lambdified(name: str) -> tuple[Callable[..., float], tuple[str, ...]]:
+    expression = EXPRESSIONS[name]
+    arguments = sorted(expression.free_symbols, key=str)
+    return sympy.lambdify(arguments, expression, "math"), tuple(str(a) for a in arguments)
+
+
+def evaluate(name: str, **values: float) -> float:
+    """Value of a named formula in double precision.
+
+    Args:
+        name: a key of :data:`EXPRESSIONS`.
+        **values: every symbol of the expression by its name; others are ignored.
+
+    Raises:
+        KeyError: an unknown name or a missing symbol.
+    """
+    function, arguments = _lambdified(name)
+    try:
+        return float(function(*(float(values[a]) for a in arguments)))
+    except ZeroDivisionError:
+        return math.inf
+
+
+def print_cpp_function(
+    function: str, name: str, arguments: Sequence[str], constants: Mapping[str, float] | None = None
+) -> str:
+    """A named formula as a C++ function from floats to float, evaluated in double.
+
+    Args:
+        function: name of the C++ function.
+        name: a key of :data:`EXPRESSIONS`.
+        arguments: the formula's symbols in the order of the function's parameters.
+        constants: values for the remaining symbols.
+
+    Raises:
+        ValueError: a symbol is neither an argument nor a constant, or one is named that the formula lacks.
+    """
+    expression = EXPRESSIONS[name]
+    values = constants or {}
+    named, free = {*arguments, *values}, {str(symbol) for symbol in expression.free_symbols}
+    if named != free:
+        raise ValueError(f"{name} is a formula of {sorted(free)}, not of {sorted(named)}")
+    expression = sympy.N(expression.subs({_symbol(k): sympy.Float(value, 17) for k, value in values.items()}), 17)
+    text = sympy.ccode(expression).replace("fmax(", "std::max<double>(")
+    parameters = ", ".join(f"double {argument}" for argument in arguments)
+    return f"static inline float {function}({parameters}) {{ return (float)({text}); }}"
+
+
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, positive=True)

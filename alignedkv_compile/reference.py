@@ -1,0 +1,417 @@
+"""The meaning of the two operators, in eager torch: readable first, and what runs outside Inductor.
+
+The generated kernels make the same decisions from the same formulas (:mod:`alignedkv_compile.precision`); they differ from this
+file only in the order of floating-point sums, so a row that sits on a threshold may fall on either side of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+from .arena import (
+    ArenaViews,
+    arena_views,
+    pack_row_order,
+    pack_score_order,
+    pack_value_scale,
+    unpack_row_order,
+    unpack_score_order,
+    unpack_value_scale,
+)
+from .layout import (
+    BLOCK_ROWS,
+    CODE_RANGE,
+    COARSE_STEP,
+    DITHER_MULTIPLIER,
+    HEADROOM,
+    MIDDLE_STEP,
+    PLANES_VALID,
+    SCORE_GROUP,
+    ArenaLayout,
+    arena_layout,
+    hadamard_blocks,
+    padded_head_dim,
+)
+from .precision import STREAM_FRACTION, evaluate
+
+INT8_MAX = 127
+
+
+def dither(positions: torch.Tensor) -> torch.Tensor:
+    """Row dither in steps of the 4-bit plane, float32 in [-1/2, 1/2), from int64 row numbers."""
+    word = (positions * DITHER_MULTIPLIER) & 0xFFFFFFFF
+    return (word - (1 << 31)).to(torch.float32) * 2.0**-32
+
+
+def hadamard(rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormal block Hadamard transform of the last dimension, float32; its own inverse."""
+    blocks = []
+    for block in rows.float().split(hadamard_blocks(rows.shape[-1]), -1):
+        size, half = block.shape[-1], 1
+        while half < size:
+            pairs = block.reshape(*rows.shape[:-1], size // (2 * half), 2, half)
+            low, high = pairs[..., 0, :], pairs[..., 1, :]
+            block = torch.stack([low + high, low - high], -2).reshape(*rows.shape[:-1], size)
+            half *= 2
+        blocks.append(block * size**-0.5)
+    return torch.cat(blocks, -1)
+
+
+def encode(rows: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and middle nibbles (uint8, padded to whole rows) of float32 ``rows [..., S, D]`` at ``positions [S]``."""
+    factor = torch.where(scale > 0, CODE_RANGE / scale, 0.0)
+    code = torch.floor(rows * factor[..., None] + dither(positions)[:, None] * COARSE_STEP)
+    code = torch.nan_to_num(code, nan=0.0).clamp(-CODE_RANGE, CODE_RANGE - 1).to(torch.int32) + CODE_RANGE
+    padding = padded_head_dim(rows.shape[-1]) - rows.shape[-1]
+    code = torch.nn.functional.pad(code, (0, padding))
+    return (code >> 12).to(torch.uint8), (code >> 8 & 15).to(torch.uint8)
+
+
+@torch.library.impl(f"{ops.NAMESPACE}::quantize_on_write", "CompositeExplicitAutograd")
+def quantize_on_write(
+    planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int
+) -> None:
+    """See :data:`alignedkv_compile.ops.quantize_on_write`."""
+    batch, heads, _, key_dim = key.shape
+    layout = ArenaLayout(batch * heads, capacity, key_dim, value.shape[-1])
+    views = arena_views(planes, layout)
+    inside = (positions >= 0) & (positions < capacity)
+    positions = positions[inside]
+    keys = hadamard(key[:, :, inside].flatten(0, 1))
+    values = value[:, :, inside].flatten(0, 1).float()
+
+    key_scale = keys.abs().amax(-1) * HEADROOM if keys.numel() else keys.new_zeros(keys.shape[:-1])
+    value_scale = values.abs().amax(-1) * HEADROOM if values.numel() else values.new_zeros(values.shape[:-1])
+    words = pack_value_scale(value_scale, values.norm(dim=-1))
+    views.key_scale[:, positions] = key_scale
+    views.value_scale[:, positions] = words
+    high, middle = encode(keys, key_scale, positions)
+    views.key_hi[:, positions // SCORE_GROUP, :, positions % SCORE_GROUP] = pack_score_order(high).movedim(0, 1)
+    views.key_mid[:, positions] = pack_row_order(middle)
+    high, middle = encode(values, unpack_value_scale(words)[0], positions)
+    views.value_hi[:, positions] = pack_row_order(high)
+    views.value_mid[:, positions] = pack_row_order(middle)
+    _sum_blocks(views, values, positions)
+
+
+def _sum_blocks(views: ArenaViews, values: torch.Tensor, positions: torch.Tensor) -> None:
+    """Add rows to their block's sum in order; a row that does not continue the block makes the sum unusable."""
+    for index, position in enumerate(positions.tolist()):
+        block, place = divmod(position, BLOCK_ROWS)
+        row, count, total = values[:, index], views.value_count[:, block], views.value_sum[:, block]
+        total = row if place == 0 else total + row
+        usable = (count == place) | (place == 0)
+        usable &= torch.isfinite(total).all(-1)
+        views.value_sum[:, block] = total
+        views.value_count[:, block] = torch.where(usable, place + 1, -1).to(torch.int32)
+
+
+@dataclass
+class ReadCounts:
+    """Rows and bytes that one operator call has read, summed over batch and KV heads."""
+
+    bytes_read: float = 0
+    bytes_full: float = 0
+    rows: int = 0
+    key_rows_mid: int = 0
+    key_rows_full: int = 0
+    value_rows_hi: int = 0
+    value_rows_mid: int = 0
+    value_rows_full: int = 0
+
+    def add_to(self, counters: torch.Tensor, site: int) -> None:
+        fields = [1, *(int(getattr(self, name)) for name in ops.COUNTER_FIELDS[1:])]
+        counters[site] += torch.tensor(fields, dtype=torch.int64)
+
+
+@torch.library.impl(f"{ops.NAMESPACE}::aligned_read_attention", "CompositeExplicitAutograd")
+def aligned_read_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    length: int,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    counters: torch.Tensor | None,
+    site: int,
+) -> torch.Tensor:
+    """See :data:`alignedkv_compile.ops.aligned_read_attention`."""
+    batch, query_heads, query_rows, _ = query.shape
+    heads, value_dim = key.shape[1], value.shape[-1]
+    group = query_heads // heads
+    counts = ReadCounts()
+    aligned = planes is not None and tolerance > 0 and int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
+    views = arena_views(planes, arena_layout(key, value)) if planes is not None and aligned else None
+    output = query.new_empty(batch, query_heads, query_rows, value_dim)
+    for index in range(batch * heads):
+        b, h = divmod(index, heads)
+        selected = slice(h * group, (h + 1) * group)
+        bias, attended = _bias(mask, b, selected, group, query_rows, length)
+        call = _HeadCall(
+            query=query[b, selected].reshape(group * query_rows, -1).float(),
+            key=key[b, h, :length],
+            value=value[b, h, :length],
+            bias=bias,
+            attended=attended,
+            scale=scale,
+            tolerance=tolerance,
+            unit_roundoff=unit_roundoff,
+        )
+        live = attended.any(0).nonzero()
+        span = int(live[-1] - live[0]) + 1 if len(live) else 0
+        result = None
+        if views is not None and span >= max(min_context, 1) and torch.isfinite(call.query).all():
+            result = _read_aligned(call, views, index, counts)
+        if result is None:
+            result = _read_full(call, counts)
+        output[b, selected] = result.view(group, query_rows, value_dim).to(output.dtype)
+    if counters is not None:
+        counts.add_to(counters, site)
+    return output
+
+
+@dataclass(frozen=True)
+class _HeadCall:
+    """One KV head's part of a call: ``M`` query rows of its group over ``T`` cache rows.
+
+    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    attended: torch.Tensor
+    scale: float
+    tolerance: float
+    unit_roundoff: float
+
+
+def _bias(
+    mask: torch.Tensor | None, batch: int, selected: slice, group: int, query_rows: int, length: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Additive bias and attended rows of one group, ``[group * Q, T]``.
+
+    A floating mask at or below half of its dtype's minimum is no bias but a prohibition; only a query row that is allowed
+    nothing else falls back to adding it, which is what plain attention computes (a uniform average for a row of ``finfo.min``).
+    """
+    if mask is None:
+        return None, torch.ones(group * query_rows, length, dtype=torch.bool)
+    rows = mask[batch if mask.shape[0] > 1 else 0]
+    rows = rows[selected] if rows.shape[0] > 1 else rows.expand(group, -1, -1)
+    rows = rows.expand(group, query_rows, rows.shape[-1])
+    rows = (rows.expand(-1, -1, length) if rows.shape[-1] == 1 else rows[..., :length]).reshape(group * query_rows, length)
+    if rows.dtype == torch.bool:
+        return None, rows
+    bias = rows.float()
+    attended = ~(bias <= torch.finfo(rows.dtype).min / 2)
+    nothing = ~attended.any(-1)
+    attended = torch.where(nothing[:, None], bias > -math.inf, attended)
+    return bias, attended
+
+
+def _scores(call: _HeadCall, scores: torch.Tensor) -> torch.Tensor:
+    if call.bias is not None:
+        scores = scores + call.bias
+    return scores.masked_fill(~call.attended, -math.inf)
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over rows in which a fully masked query row gives zeros, as ``scaled_dot_product_attention`` does."""
+    weights = scores.softmax(-1)
+    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+
+
+def _read_full(call: _HeadCall, counts: ReadCounts) -> torch.Tensor:
+    """Plain attention in float32 over the rows that any query row attends to."""
+    rows = call.attended.any(0)
+    keys, values = call.key[rows].float(), call.value[rows].float()
+    live = int(rows.sum())
+    size = live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
+    counts.bytes_read += size
+    counts.bytes_full += size
+    counts.rows += live
+    counts.key_rows_full += live
+    counts.value_rows_full += live
+    bias = call.bias[:, rows] if call.bias is not None else None
+    scores = call.query @ keys.T * call.scale
+    scores = scores if bias is None else scores + bias
+    attended = call.attended[:, rows]
+    weights = _softmax(scores.masked_fill(~attended, -math.inf))
+    if not bool(torch.isfinite(values).all()):  # a masked row changes nothing, whatever it holds
+        return torch.stack([w[a] @ values[a] for w, a in zip(weights, attended, strict=True)])
+    return weights @ values
+
+
+def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCounts) -> torch.Tensor | None:
+    """The read policy of DESIGN section 4 for one KV head; None when streaming everything is cheaper."""
+    length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
+    live = call.attended.any(0)
+    live_rows = int(live.sum())
+    positions = torch.arange(length)
+    offset = dither(positions)
+    key_scale = views.key_scale[head, :length]
+    value_scale, value_norm = unpack_value_scale(views.value_scale[head, :length])
+    value_norm = torch.where(live & torch.isfinite(value_norm), value_norm, 0.0)
+    special_keys = live & ~torch.isfinite(key_scale)
+    special_values = live & ~torch.isfinite(value_scale)
+
+    # 1. scores from the 4-bit plane, with the query as one int8 term
+    mixed = hadamard(call.query)
+    query_step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
+    query_int8 = torch.where(query_step > 0, torch.round(mixed / query_step), 0.0)
+    high = unpack_score_order(views.key_hi[head])[:length, :key_dim].float()
+    dots = query_int8 @ high.T + query_int8.sum(-1, keepdim=True) * (-7.5 - offset)
+    scores = dots * (query_step * call.scale * COARSE_STEP / CODE_RANGE) * key_scale
+    if bool(special_keys.any()):
+        scores[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
+    scores = _scores(call, scores)
+    weights = _softmax(scores)
+
+    # statistics of the weights, and which V rows a block mean may answer for
+    norm = mixed.norm(dim=-1) * call.scale
+    rms_value = float((value_norm.square().sum() / live_rows).sqrt())
+    output_norm = (weights * value_norm).square().sum(-1).sqrt()
+    finite_key = torch.where(torch.isfinite(key_scale) & live, key_scale, 0.0)
+    finite_value = torch.where(torch.isfinite(value_scale) & live, value_scale, 0.0)
+    skippable, means = _block_means(call, views, head)
+    kept = ~skippable & live
+    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": max(rms_value, 1e-30), "D": value_dim}
+    for row in range(weights.shape[0]):
+        half_sum = max(float(weights[row].sqrt().sum()), 1e-30)
+        mass = evaluate("skip_mass", R=float(output_norm[row]), **common)
+        kept |= weights[row] > evaluate("skip_threshold", m=mass, S_half=half_sum, **common)
+    kept = (kept & live) | special_values
+
+    # 2. those V rows at 4 bits give the output's norm, hence the threshold of every addend
+    value_high = _dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
+    value_high = torch.where(special_values[:, None], call.value.float(), value_high)
+    coarse = weights[:, kept] @ value_high[kept] + _skipped_output(weights, kept, means)
+    output_norm = torch.maximum(output_norm, coarse.norm(dim=-1))
+    spread = (value_norm.square() + output_norm[:, None].square()).sqrt()
+    key_4, key_8, addend_sums, budgets, thresholds = [], [], [], [], []
+    value_4, value_8 = (evaluate("value_coefficient", b=bits, **common) for bits in (4, 8))
+    for row in range(weights.shape[0]):
+        key_4.append(evaluate("key_coefficient", b=4, q=float(norm[row])))
+        key_8.append(evaluate("key_coefficient", b=8, q=float(norm[row])))
+        addends = evaluate(
+            "addend_sum",
+            q=float(norm[row]),
+            R=float(output_norm[row]),
+            P_sK=float(weights[row] @ finite_key),
+            P_sKv=float(weights[row] @ (finite_key * value_norm)),
+            P_sV=float(weights[row] @ finite_value),
+            **common,
+        )
+        addend_sums.append(max(addends, 1e-30))
+        budgets.append(evaluate("budget", R=float(output_norm[row]), **common))
+        thresholds.append(evaluate("threshold", B=budgets[row], E=addend_sums[row], **common))
+
+    def column(numbers: list[float]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.float32)[:, None]
+
+    key_addend, value_addend = weights * finite_key * spread, weights * finite_value
+    theta = column(thresholds)
+    plane_key, plane_value = padded_head_dim(key_dim) // 2, padded_head_dim(value_dim) // 2
+    key_errors = key_addend * column(key_4)
+    refined = (key_errors > theta).any(0) & ~special_keys
+    full_guess = refined & (key_addend * column(key_8) > theta).any(0)
+    predicted = evaluate(
+        "predicted_bytes",
+        rows_K8=int(refined.sum()),
+        rows_K=int(full_guess.sum()),
+        rows_V4=int(kept.sum()),
+        rows_V8=int((kept & (value_addend * value_4 > theta).any(0)).sum()),
+        rows_V=int((kept & (value_addend * value_8 > theta).any(0)).sum()),
+        row_K=key_dim * call.key.element_size(),
+        row_V=value_dim * call.value.element_size(),
+        plane_K=plane_key,
+        plane_V=plane_value,
+    )
+    full = live_rows * (key_dim + value_dim) * call.key.element_size()
+    groups = int(torch.nn.functional.pad(live, (0, -length % SCORE_GROUP)).view(-1, SCORE_GROUP).any(-1).sum())
+    blocks_used = int(torch.nn.functional.pad(skippable & ~kept, (0, -length % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1).sum())
+    counts.bytes_read += groups * SCORE_GROUP * (plane_key + 8) + blocks_used * (4 + 4 * value_dim)
+    counts.bytes_read += int(kept.sum()) * plane_value
+    counts.value_rows_hi += int(kept.sum())
+    if predicted > float(STREAM_FRACTION) * full:
+        return None
+
+    # 3. K rows above the threshold: the middle plane, then the row itself
+    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float() - 7.5
+    correction = mixed @ middle.T * (call.scale * MIDDLE_STEP / CODE_RANGE) * key_scale
+    scores = torch.where(refined, scores + correction, scores)
+    weights = _softmax(scores)
+    for row in range(weights.shape[0]):
+        errors = key_errors[row]
+        remaining = evaluate("remaining_budget", B=budgets[row], left=float(errors[errors <= thresholds[row]].square().sum()))
+        thresholds[row] = evaluate("threshold", B=remaining, E=addend_sums[row], **common)
+    theta = column(thresholds)
+    key_addend, value_addend = weights * finite_key * spread, weights * finite_value
+    exact_keys = refined & (key_addend * column(key_8) > theta).any(0)
+    exact = call.query @ torch.where(exact_keys[:, None], call.key.float(), 0.0).T * call.scale
+    scores = torch.where(exact_keys, _scores(call, exact), scores)
+    weights = _softmax(scores)
+
+    # 4. V rows likewise, among those kept in 2
+    value_addend = weights * finite_value
+    middle_values = kept & (value_addend * value_4 > theta).any(0) & ~special_values
+    exact_values = middle_values & (value_addend * value_8 > theta).any(0)
+    both = value_high + (unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float() - 7.5) * (
+        value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)
+    )
+    values = torch.where(middle_values[:, None], both, value_high)
+    values = torch.where(exact_values[:, None], call.value.float(), values)
+
+    # 5. the sum, in which block means answer for the rows not read
+    result = weights[:, kept] @ values[kept] + _skipped_output(weights, kept, means)
+    if bool(special_values.any()):  # 0 * Inf must not reach query rows that are masked from the row
+        attended = call.attended
+        result = torch.stack([w[kept & a] @ values[kept & a] for w, a in zip(weights, attended, strict=True)])
+        result += _skipped_output(weights, kept, means)
+
+    counts.rows += live_rows
+    counts.bytes_full += full
+    counts.key_rows_mid += int(refined.sum())
+    counts.key_rows_full += int((exact_keys | special_keys).sum())
+    counts.value_rows_mid += int(middle_values.sum())
+    counts.value_rows_full += int((exact_values | special_values).sum())
+    element = call.key.element_size()
+    counts.bytes_read += int(refined.sum()) * plane_key + int((exact_keys | special_keys).sum()) * key_dim * element
+    counts.bytes_read += int(middle_values.sum()) * plane_value
+    counts.bytes_read += int((exact_values | special_values).sum()) * value_dim * element
+    return result
+
+
+def _dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
+    return (high.float() - 7.5 - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
+
+
+def _block_means(call: _HeadCall, views: ArenaViews, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows ``[T]`` lie in a block whose mean may stand in for them, and the means ``[blocks, Dv]``.
+
+    A block qualifies when it is complete and every query row attends to all of it, so that a masked row is never part of a mean.
+    """
+    length = call.attended.shape[-1]
+    blocks = views.value_count.shape[-1]
+    attended = torch.nn.functional.pad(call.attended.all(0), (0, blocks * BLOCK_ROWS - length))[: blocks * BLOCK_ROWS]
+    complete = attended.view(blocks, BLOCK_ROWS).all(-1) & (views.value_count[head] == BLOCK_ROWS)
+    means = torch.where(complete[:, None], views.value_sum[head] / BLOCK_ROWS, 0.0)
+    return complete.repeat_interleave(BLOCK_ROWS)[:length], means
+
+
+def _skipped_output(weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Output of the rows not read: each block's mean times the weight skipped in it."""
+    skipped = weights.masked_fill(kept, 0.0)
+    blocks = means.shape[0]
+    skipped = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - skipped.shape[-1]))
+    return skipped.view(-1, blocks, BLOCK_ROWS).sum(-1) @ means

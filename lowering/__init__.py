@@ -1,0 +1,41 @@
+"""Inductor lowerings of the two operators: Python decides (shapes, constants, instruction set), Jinja templates compute.
+
+``quantize.py`` and ``attention.py`` each turn one operator into a kernel from ``templates/``; ``cpp_kernel.py`` is the Inductor
+buffer and kernel that carry a template; ``isa.py`` chooses the instruction set.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from .isa import chosen_isa
+
+_SOURCES = ("layout.py", "precision.py", "ops.py")
+"""Files of the package, besides this folder, whose text decides what code is generated."""
+
+
+def register() -> None:
+    """Register the lowerings with Inductor; harmless when repeated. Imports Inductor, which takes a second."""
+    from . import attention, quantize
+
+    quantize.register()
+    attention.register()
+
+
+@functools.cache
+def _sources_digest() -> bytes:
+    here = Path(__file__).parent
+    package = Path(__import__(__name__.split(".")[0]).__file__ or "").parent
+    digest = hashlib.sha256()
+    for path in (*sorted(here.rglob("*")), *(package / name for name in _SOURCES)):
+        if path.suffix in {".py", ".jinja"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+def source_hash() -> bytes:
+    """Hash of everything that decides the generated code and that Inductor's cache key does not know: the sources of the
+    lowerings, templates, layout and error model, and the instruction set that is in force."""
+    return hashlib.sha256(_sources_digest() + chosen_isa().encode()).digest()

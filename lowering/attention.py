@@ -1,0 +1,187 @@
+"""``aligned_read_attention`` as a C++ kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.virtualized import V
+
+from .. import layout, ops, precision
+from .arena_text import arena_header
+from .cpp_kernel import Kernel, Template, emit, realize, render
+from .isa import chosen_isa
+
+MAX_THREADS = 256
+"""Threads that share one call; more would only wait for each other."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is fixed when the kernel is generated."""
+
+    key_dim: int
+    value_dim: int
+    group: int
+    query_rows: int
+    scale: float
+    tolerance: float
+    unit_roundoff: float
+    min_context: int
+    length: sympy.Expr
+    site: int
+
+
+class AlignedReadAttention(Template):
+    """The kernel for one set of head dimensions, group size, query rows, dtypes, mask kind and options."""
+
+    def __init__(self, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, constants: Constants) -> None:
+        mutated = ["counters"] if "counters" in inputs else []
+        super().__init__("aligned_read_attention", inputs, mutated, layout)
+        self.constants = constants
+
+    def source(self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer) -> str:
+        constants = self.constants
+        query, key, value, mask = (nodes.get(name) for name in ("query", "key", "value", "mask"))
+        mask_strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
+        sizes = [*key.get_size()[:3], constants.length, *query.get_stride(), *key.get_stride()[:3]]
+        sizes += [*value.get_stride()[:3], *mask_strides]
+        definition, aliases = self.definition(kernel, nodes, output, sizes)
+        if "counters" in nodes:
+            kernel.add_integer(constants.site, "site")
+        text = kernel.size_expression
+        isa = chosen_isa()
+        has_planes = "planes" in nodes
+        shared = {"layout": layout, "isa": isa, "max_threads": MAX_THREADS}
+        common = render(
+            "attention_common.h.jinja",
+            query_type=kernel.dtype(query),
+            element=kernel.dtype(key),
+            group=constants.group,
+            query_rows=constants.query_rows,
+            scale=f"{constants.scale:.9e}f",
+            mask_type=kernel.dtype(mask) if mask is not None else None,
+            mask_floor=_mask_floor(mask),
+            mask_shared=mask_strides[1] == 0,
+        )
+        return render(
+            "aligned_read_attention.cpp.jinja",
+            includes=self.includes(),
+            simd=render("simd.h.jinja", **shared),
+            arena=arena_header(constants.key_dim, constants.value_dim),
+            common=common,
+            stream=render("stream.h.jinja", **shared),
+            aligned=render("aligned_read.h.jinja", formulas=_formulas(constants), **shared) if has_planes else "",
+            definition=definition,
+            aliases=aliases,
+            has_planes=has_planes,
+            has_counters="counters" in nodes,
+            counter_fields=len(ops.COUNTER_FIELDS),
+            mask_type=kernel.dtype(mask) if mask is not None else None,
+            batch=text(key.get_size()[0]),
+            heads=text(key.get_size()[1]),
+            capacity=text(key.get_size()[2]),
+            length=text(constants.length),
+            query_strides=[text(s) for s in query.get_stride()],
+            key_strides=[text(s) for s in key.get_stride()[:3]],
+            value_strides=[text(s) for s in value.get_stride()[:3]],
+            mask_strides=[text(s) for s in mask_strides],
+            **shared,
+        )
+
+
+def _broadcast_strides(mask: ir.Buffer) -> list[sympy.Expr]:
+    """Strides of a 4-D mask with 0 where it broadcasts."""
+    known_one = V.graph.sizevars.statically_known_equals
+    return [
+        sympy.Integer(0) if known_one(size, 1) else stride
+        for size, stride in zip(mask.get_size(), mask.get_stride(), strict=True)
+    ]
+
+
+def _mask_floor(mask: ir.Buffer | None) -> str:
+    """At or below half of the dtype's minimum a floating mask prohibits."""
+    if mask is None or mask.get_dtype() == torch.bool:
+        return "0"
+    return f"{torch.finfo(mask.get_dtype()).min / 2:.9e}f"
+
+
+def _formulas(constants: Constants) -> str:
+    """The error model as C++ functions and constants."""
+    value_coefficient = {
+        bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)
+    }
+    functions = [
+        precision.print_cpp_function("error_budget", "budget", ("alpha", "R", "u")),
+        precision.print_cpp_function("skip_mass", "skip_mass", ("alpha", "R", "n", "u")),
+        precision.print_cpp_function("skip_threshold", "skip_threshold", ("N", "S_half", "m")),
+        precision.print_cpp_function(
+            "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim}
+        ),
+        precision.print_cpp_function("threshold", "threshold", ("B", "E", "N")),
+        precision.print_cpp_function("remaining_budget", "remaining_budget", ("B", "left")),
+        precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4}),
+        precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8}),
+        precision.print_cpp_function(
+            "predicted_bytes",
+            "predicted_bytes",
+            ("plane_K", "plane_V", "row_K", "row_V", "rows_K", "rows_K8", "rows_V", "rows_V4", "rows_V8"),
+        ),
+        f"constexpr float VALUE_COEFFICIENT_4 = {value_coefficient[4]:.9e}f, VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
+        f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
+        f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
+        f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",
+    ]
+    return "\n".join(functions)
+
+
+def _lower(
+    query: ir.TensorBox,
+    key: ir.TensorBox,
+    value: ir.TensorBox,
+    planes: ir.TensorBox | None,
+    mask: ir.TensorBox | None,
+    length: sympy.Expr,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    counters: ir.TensorBox | None,
+    site: int,
+) -> ir.TensorBox:
+    static = V.graph.sizevars.guard_int
+    batch, query_heads, query_rows, key_dim = query.get_size()
+    value_dim = static(value.get_size()[3])
+    constants = Constants(
+        key_dim=static(key_dim),
+        value_dim=value_dim,
+        group=static(query_heads) // static(key.get_size()[1]),
+        query_rows=static(query_rows),
+        scale=scale,
+        tolerance=tolerance,
+        unit_roundoff=unit_roundoff,
+        min_context=min_context,
+        length=sympy.sympify(length),
+        site=site,
+    )
+    inputs = {"query": realize(query, contiguous_last=False), "key": realize(key), "value": realize(value)}
+    if planes is not None and tolerance > 0:
+        inputs["planes"] = realize(planes, contiguous_last=False)
+    if mask is not None:
+        inputs["mask"] = realize(mask, contiguous_last=False)
+    if counters is not None:
+        inputs["counters"] = realize(counters, contiguous_last=False)
+    size = [batch, query_heads, query_rows, sympy.Integer(value_dim)]
+    strides = ir.FlexibleLayout.contiguous_strides(size)
+    output = ir.FixedLayout(query.get_device(), query.get_dtype(), size, strides)
+    return emit(AlignedReadAttention(inputs, output, constants))
+
+
+def register() -> None:
+    """Register the lowering; harmless when repeated."""
+    if ops.aligned_read_attention.default not in lowerings:
+        register_lowering(ops.aligned_read_attention.default, type_promotion_kind=None)(_lower)

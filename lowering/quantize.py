@@ -1,0 +1,69 @@
+"""``quantize_on_write`` as a C++ kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.virtualized import V
+
+from .. import layout, ops
+from .arena_text import arena_header
+from .cpp_kernel import Kernel, Template, dummy_layout, emit, realize, render
+from .isa import chosen_isa
+
+
+class QuantizeOnWrite(Template):
+    """The kernel for one set of head dimensions and one cache dtype."""
+
+    has_output = False
+
+    def __init__(self, inputs: Mapping[str, ir.IRNode], capacity: sympy.Expr, key_dim: int, value_dim: int) -> None:
+        super().__init__("quantize_on_write", inputs, ["planes"], dummy_layout(inputs["planes"].get_device()))
+        self.capacity, self.key_dim, self.value_dim = capacity, key_dim, value_dim
+
+    def source(self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer) -> str:
+        key, value, positions = nodes["key"], nodes["value"], nodes["positions"]
+        sizes = [*key.get_size()[:3], *key.get_stride()[:3], *value.get_stride()[:3], *positions.get_stride(), self.capacity]
+        definition, aliases = self.definition(kernel, nodes, output, sizes)
+        text = kernel.size_expression
+        return render(
+            "quantize_on_write.cpp.jinja",
+            includes=self.includes(),
+            simd=render("simd.h.jinja", isa=chosen_isa(), layout=layout),
+            arena=arena_header(self.key_dim, self.value_dim),
+            layout=layout,
+            headroom=f"{layout.HEADROOM:.9e}f",
+            element=kernel.dtype(key),
+            definition=definition,
+            aliases=aliases,
+            batch=text(key.get_size()[0]),
+            heads=text(key.get_size()[1]),
+            new_rows=text(key.get_size()[2]),
+            capacity=text(self.capacity),
+            key_strides=[text(s) for s in key.get_stride()[:3]],
+            value_strides=[text(s) for s in value.get_stride()[:3]],
+            position_stride=text(positions.get_stride()[0]),
+        )
+
+
+def _lower(
+    planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positions: ir.TensorBox, capacity: sympy.Expr
+) -> None:
+    static = V.graph.sizevars.guard_int
+    key_dim, value_dim = static(key.get_size()[3]), static(value.get_size()[3])
+    inputs = {
+        "planes": realize(planes, contiguous_last=False),
+        "key": realize(key),
+        "value": realize(value),
+        "positions": realize(positions, contiguous_last=False),
+    }
+    emit(QuantizeOnWrite(inputs, sympy.sympify(capacity), key_dim, value_dim))
+
+
+def register() -> None:
+    """Register the lowering; harmless when repeated."""
+    if ops.quantize_on_write.default not in lowerings:
+        register_lowering(ops.quantize_on_write.default, type_promotion_kind=None)(_lower)
