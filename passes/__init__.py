@@ -18,7 +18,7 @@ from .records import RewrittenGraph
 from .replace_attention import AlignmentOptions
 from .rewrite import rewrite_pairs
 from .site_report import report_sites
-from .verify import snapshot, verify
+from .verify import snapshot, verify_rewrite
 
 __all__ = ["rewrite_graph"]
 
@@ -47,6 +47,6 @@ def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options:
     report = report_sites(pairing)
     before = snapshot(module, pairing)
     rewriting = rewrite_pairs(module, pairing, options, sites=len(report))
-    verify(module, before, pairing, rewriting.editor, options)
+    verify_rewrite(module, before, pairing, rewriting.editor, options)
     module.recompile()
     return rewriting.result(module, example_inputs, report)

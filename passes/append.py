@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.fx import Node
@@ -26,7 +27,7 @@ from alignedkv_compile.torch_private import fresh_size
 
 from .editor import GraphEditor
 from .find_dynamic import metadata_readers
-from .nodes import example, fake
+from .nodes import constant, example, fake
 from .records import AppendPair
 from .replace_attention import AlignmentOptions, replace_attention
 from .symbols import express, inputs_by_symbol
@@ -56,16 +57,17 @@ def rewrite_append(
     inputs = _inputs(pair, number, editor, with_planes=options.tolerance > 0)
     order = {node: position for position, node in enumerate(editor.graph.nodes)}
     later = max(pair.key_result, pair.value_result, key=order.__getitem__)
+    new_key, new_value = editor.current(pair.new_key), editor.current(pair.new_value)
     with editor.before(later.next, later):
         past_length = express(fake(pair.key).shape[2], symbols, editor.function)
         length = _plus(past_length, pair.new_rows, editor)
         steps = editor.function(torch.arange, pair.new_rows, device=torch.device("cpu"))
         positions = editor.function(operator.add, steps, past_length)  # type: ignore[arg-type]
-        editor.method("index_copy_", inputs.key_buffer, 2, positions, pair.new_key)
-        editor.method("index_copy_", inputs.value_buffer, 2, positions, pair.new_value)
+        editor.method("index_copy_", inputs.key_buffer, 2, positions, new_key)
+        editor.method("index_copy_", inputs.value_buffer, 2, positions, new_value)
         if inputs.planes is not None:
             capacity = editor.method("size", inputs.key_buffer, 2)
-            editor.function(quantize_on_write.default, inputs.planes, pair.new_key, pair.new_value, positions, capacity)
+            editor.function(quantize_on_write.default, inputs.planes, new_key, new_value, positions, capacity)
     for site in pair.sites:
         replace_attention(
             site,
@@ -91,10 +93,11 @@ def _plus(past_length: object, rows: int, editor: GraphEditor) -> Node | int:
 
 def _inputs(pair: AppendPair, number: int, editor: GraphEditor, *, with_planes: bool) -> AppendInputs:
     key, value = fake(pair.key), fake(pair.value)
-    batch, heads, _, key_dim = key.shape
-    value_dim = value.shape[3]
+    batch = key.shape[0]
+    heads, key_dim, value_dim = constant(key.shape[1]), constant(key.shape[3]), constant(value.shape[3])
     capacity = fresh_size(editor.fake_mode, EXAMPLE_CAPACITY, f"alignedkv_capacity_{number}")
-    arena = ArenaLayout(batch * heads, capacity, key_dim, value_dim)
+    # The layout is written for ints; symbolic sizes compute alike.
+    arena = ArenaLayout(batch * heads, cast(int, capacity), key_dim, value_dim)
     names = [f"alignedkv_{part}_{number}" for part in ("key_buffer", "value_buffer", "append_planes")]
     return AppendInputs(
         key_buffer=editor.placeholder(names[0], (batch, heads, capacity, key_dim), key.dtype),

@@ -10,7 +10,7 @@ from torch.fx import Node
 from alignedkv_compile.layout import MAX_HEAD_DIM
 from alignedkv_compile.torch_private import FakeTensor
 
-from .nodes import Declined, arguments, fake, same, tensor_of
+from .nodes import Declined, arguments, constant, depends_on_data, fake, same, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,9 +51,7 @@ def check_cache_tensor(node: Node, name: str) -> None:
         raise Declined(f"{name} has {tensor.dim()} dimensions, not 4")
     if tensor.dtype not in CACHE_DTYPES:
         raise Declined(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; supported are bfloat16, float16 and float32")
-    if not isinstance(tensor.shape[1], int) or not isinstance(tensor.shape[3], int):
-        raise Declined(f"the head count or head dimension of {name} is not constant")
-    if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
+    if not 1 <= constant(tensor.shape[3]) <= MAX_HEAD_DIM:
         raise Declined(f"head dimension {tensor.shape[3]} of {name} is above {MAX_HEAD_DIM}")
 
 
@@ -70,9 +68,9 @@ def check_cache_pair(key: Node, value: Node) -> None:
         raise Declined("K and V are the same tensor")
     if key_fake.dtype != value_fake.dtype:
         raise Declined(f"K is {key_fake.dtype}, V is {value_fake.dtype}".replace("torch.", ""))
-    if key_fake.shape[1] != value_fake.shape[1]:
+    if constant(key_fake.shape[1]) != constant(value_fake.shape[1]):
         raise Declined(f"K has {key_fake.shape[1]} heads, V has {value_fake.shape[1]}")
-    if not same(key_fake.shape[0], value_fake.shape[0]):
+    if not _equal(key_fake.shape[0], value_fake.shape[0]):
         raise Declined("K and V have different batch sizes")
 
 
@@ -85,14 +83,14 @@ def check_query(call: AttentionCall, key: Node, repeats: int) -> Node:
     query, cache = tensor_of(call.query), fake(key)
     if query is None or not isinstance(call.query, Node) or query.dim() != 4:
         raise Declined("the query is not a 4-D tensor")
-    heads = query.shape[1]
-    if not isinstance(heads, int) or heads % cache.shape[1]:
-        raise Declined(f"{heads} query heads are no multiple of {cache.shape[1]} KV heads")
-    if heads != cache.shape[1] * repeats and not call.enable_gqa and cache.shape[1] * repeats != 1:
-        raise Declined(f"{heads} query heads read {cache.shape[1] * repeats} KV heads without enable_gqa")
-    if not same(query.shape[0], cache.shape[0]):
+    heads, cache_heads = constant(query.shape[1]), constant(cache.shape[1])
+    if heads % cache_heads:
+        raise Declined(f"{heads} query heads are no multiple of {cache_heads} KV heads")
+    if heads != cache_heads * repeats and not call.enable_gqa and cache_heads * repeats != 1:
+        raise Declined(f"{heads} query heads read {cache_heads * repeats} KV heads without enable_gqa")
+    if not _equal(query.shape[0], cache.shape[0]):
         raise Declined("query and cache have different batch sizes")
-    if not same(query.shape[3], cache.shape[3]):
+    if not _equal(query.shape[3], cache.shape[3]):
         raise Declined("query and K have different head dimensions")
     if query.dtype not in CACHE_DTYPES:
         raise Declined(f"the query is {str(query.dtype).removeprefix('torch.')}; supported are bfloat16, float16 and float32")
@@ -112,7 +110,7 @@ def check_constants(call: AttentionCall, key: Node) -> float:
     if not isinstance(call.enable_gqa, bool):
         raise Declined("enable_gqa is not a constant")
     if call.scale is None:
-        return 1.0 / math.sqrt(fake(key).shape[3])
+        return 1.0 / math.sqrt(constant(fake(key).shape[3]))
     if isinstance(call.scale, bool) or not isinstance(call.scale, (int, float)):
         raise Declined("the scale is not a constant")
     return float(call.scale)
@@ -148,13 +146,13 @@ def is_long(rows: int | torch.SymInt) -> bool:
     Raises:
         Declined: the length depends on data.
     """
-    if isinstance(rows, torch.SymInt) and not rows.node.has_hint():
+    if depends_on_data(rows):
         raise Declined("the query length depends on data")
     return bool(rows > MAX_ALIGNED_QUERY_ROWS)
 
 
 def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    """Equality by guard where both sides have an example value; a mask's length is its own symbol in Dynamo's graphs."""
-    if any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in (left, right)):
+    """Equality by guard where both sides have an example value: sizes of different inputs are different symbols to Dynamo."""
+    if depends_on_data(left) or depends_on_data(right):
         return same(left, right)
     return bool(left == right)

@@ -45,7 +45,7 @@ class GraphEditor:
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         node.meta["example_value"] = value
-        node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd insists on the attribute
+        node._dynamo_source = None  # AOTAutograd insists on the attribute
         self.added.append(node)
         return node
 
@@ -67,10 +67,10 @@ class GraphEditor:
         node = self.graph.create_node(kind, target, args, kwargs)
         if self._origin is not None:
             node.meta.update({key: self._origin.meta[key] for key in _ORIGIN_METADATA if key in self._origin.meta})
-        values, named = map_arg((args, kwargs), example)  # type: ignore[arg-type, misc]
+        values, named = map_arg((args, kwargs), example)  # type: ignore[arg-type]
         with self.fake_mode, torch.no_grad():
             if kind == "call_method":
-                value = getattr(values[0], target)(*values[1:], **named)  # type: ignore[arg-type, index]
+                value = getattr(values[0], target)(*values[1:], **named)  # type: ignore[arg-type]
             else:
                 value = target(*values, **named)  # type: ignore[operator]
         node.meta["example_value"] = value
@@ -80,10 +80,16 @@ class GraphEditor:
     def replace(self, node: Node, value: object) -> None:
         """Give the users of ``node`` a node, a constant or a tuple of them instead, and erase it."""
         for user in tuple(node.users):
-            user.args = map_arg(user.args, lambda used: value if used is node else used)  # type: ignore[assignment, arg-type, return-value]
-            user.kwargs = map_arg(user.kwargs, lambda used: value if used is node else used)  # type: ignore[assignment, arg-type, return-value]
+            user.args = map_arg(user.args, lambda used: value if used is node else used)  # type: ignore[arg-type, return-value]
+            user.kwargs = map_arg(user.kwargs, lambda used: value if used is node else used)  # type: ignore[arg-type, return-value]
         self.replaced[node.name] = value
         self.erase(node)
+
+    def current(self, node: Node) -> Node:
+        """The node that stands for a recorded one: one layer's query may be the previous layer's attention itself."""
+        while node.name in self.replaced:
+            node = self.replaced[node.name]  # type: ignore[assignment]
+        return node
 
     def erase(self, node: Node) -> None:
         """Remove a node that has no users left."""

@@ -50,6 +50,10 @@ class GraphFacts:
         """Whether this node's memory is written strictly between two nodes."""
         return any(self.order[start] < self.order[writer] < self.order[stop] for writer in self.writers(node))
 
+    def is_returned(self, node: Node) -> bool:
+        """Whether the graph returns this node's tensor or a view of it."""
+        return any(alias in self.outputs for alias in self.aliases(node))
+
     def users(self, node: Node) -> tuple[Node, ...]:
         """Direct users, in graph order."""
         return tuple(sorted(node.users, key=self.order.__getitem__))

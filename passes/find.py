@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from .attention import parse_call
 from .facts import GraphFacts
-from .find_dynamic import dynamic_site, is_append
-from .find_static import static_site, written_cache
+from .find_dynamic import CROPPED, dynamic_site, is_append
+from .find_static import ROLLED, static_site, written_cache
 from .find_unread import unread_caches
 from .nodes import ATTENTION, Declined, fake, operation, tensor_of
 from .records import AttentionCall, AttentionSite, DeclinedSite, Findings
@@ -19,6 +19,8 @@ from .views import Fold, fold
 _MOVES = frozenset(
     [
         "roll",
+        "chunk",
+        "split",
         "cat",
         "concat",
         "concatenate",
@@ -69,15 +71,15 @@ def _site(call: AttentionCall, key: Fold, value: Fold, index: int, facts: GraphF
         return dynamic_site(call, key, value, index, facts)
     if all(writes):
         return static_site(call, key, value, index, facts)
+    if not any(appends) and not any(writes) and all(_is_cache_input(folded.base) for folded in (key, value)):
+        raise Declined("read-only cache (cross-attention) is not supported yet")
+    for folded, known in zip((key, value), zip(appends, writes, strict=True), strict=True):
+        cache = None if any(known) else _cache_behind(folded.base, facts)
+        if cache is not None and not _is_cache_input(folded.base):
+            raise Declined(_detour(folded.base, cache, facts))
     if any(appends) or any(writes):
         name = "K" if appends[0] or writes[0] else "V"
         raise Declined(f"only {name} comes from a cache that this graph writes")
-    if all(_is_cache_input(folded.base) for folded in (key, value)):
-        raise Declined("read-only cache (cross-attention) is not supported yet")
-    behind = {folded.base: _cache_behind(folded.base, facts) for folded in (key, value)}
-    for base, cache in behind.items():
-        if cache is not None:
-            raise Declined(_detour(base, cache, facts))
     return None
 
 
@@ -96,19 +98,17 @@ def _cache_behind(node: Node, facts: GraphFacts, depth: int = 4) -> Node | None:
         return None
     for source in (fold(node).base,) if fold(node).chain else node.all_input_nodes:
         cache = _cache_behind(source, facts, depth - 1)
-        if cache is not None and (facts.writers(cache) or _is_returned(node, facts)):
+        if cache is not None and (facts.writers(cache) or facts.is_returned(node)):
             return cache
     return None
-
-
-def _is_returned(node: Node, facts: GraphFacts) -> bool:
-    return any(alias in facts.outputs for alias in facts.aliases(node))
 
 
 def _detour(base: Node, cache: Node, facts: GraphFacts) -> str:
     written_by = {operation(writer) for writer in facts.writers(cache)}
     if "copy_" in written_by or operation(base) == "roll":
-        return "sliding-window cache written by roll/copy_ is not supported yet"
-    if fake(base).dim() == 4 and _is_returned(base, facts) and base not in facts.outputs:
-        return "sliding-window cache: only a part of the concatenated rows is kept"
+        return ROLLED
+    if facts.writers(base) and not facts.shares_storage(base, cache):
+        return f"the cache is also written by {operation(facts.writers(base)[-1])}"
+    if fake(base).dim() == 4 and facts.is_returned(base) and base not in facts.outputs:
+        return CROPPED
     return f"the cache reaches attention through {operation(base)}, which is not folded"

@@ -10,15 +10,16 @@ is fine: those are expressions in the symbols that Dynamo passes as inputs.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
 from .attention import check_cache_pair, check_constants, check_mask, check_query, is_long, parse_call
 from .facts import GraphFacts
-from .nodes import ATTENTION, Declined, arguments, example, fake, operation, tensor_of
+from .nodes import ATTENTION, Declined, arguments, depends_on_data, example, example_size, fake, operation, tensor_of
 from .records import AttentionCall, AttentionSite, CacheKind, CacheOperand, Outcome
 from .symbols import inputs_by_symbol, is_expressible
 from .views import Fold, fold, head_repeats
+
+CROPPED = "sliding-window cache: only a part of the concatenated rows is kept"
 
 METADATA = frozenset(
     [
@@ -78,7 +79,7 @@ def dynamic_site(call: AttentionCall, key: Fold, value: Fold, index: int, facts:
     query = check_query(call, key_parts[0], operands[0].repeats)
     rows = fake(query).shape[2]
     if is_long(rows):
-        hint = rows.node.hint if isinstance(rows, torch.SymInt) else rows
+        hint = example_size(rows)
         return AttentionSite(
             index, call.node, CacheKind.DYNAMIC, Outcome.PREFILL, query, operands[0], operands[1], None, 0.0, hint
         )
@@ -104,7 +105,7 @@ def _check_lengths(key: CacheOperand, value: CacheOperand) -> None:
     """Past and new rows must be as many in K as in V; Dynamo gives each its own symbol, so a guard says so."""
     for name, left, right in (("past", key.source, value.source), ("new rows", key.new_rows, value.new_rows)):
         sizes = (fake(left).shape[2], fake(right).shape[2])
-        if any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in sizes):
+        if any(map(depends_on_data, sizes)):
             raise Declined(f"the length of the {name} depends on data")
         if not bool(sizes[0] == sizes[1]):
             raise Declined(f"K and V have {name} of different lengths")
@@ -158,7 +159,8 @@ def attention_readers(operand: CacheOperand, name: str) -> tuple[Node, ...]:
             elif reader.users and reader.args[0] is node and fold(reader).base is operand.write:
                 pending.append(reader)
             else:
-                raise Declined(f"{name} is also read by {operation(reader)}")
+                culprit = node if operation(reader) == "output" else reader
+                raise Declined(f"{name} is also read by {operation(culprit)}")
     return tuple(found)
 
 

@@ -16,9 +16,11 @@ from torch.fx import Node
 
 from .attention import check_cache_pair, check_constants, check_mask, check_query, is_long
 from .facts import GraphFacts
-from .nodes import Declined, arguments, fake, operation, tensor_of
+from .nodes import Declined, arguments, example_size, fake, operation, tensor_of
 from .records import AttentionCall, AttentionSite, CacheKind, CacheOperand, Outcome, WritePair
 from .views import Fold, head_repeats
+
+ROLLED = "sliding-window cache written by roll/copy_ is not supported yet"
 
 _INDEX_COPY = ("self", "dim", "index", "source")
 
@@ -72,7 +74,7 @@ def static_site(call: AttentionCall, key: Fold, value: Fold, index: int, facts: 
     if operands[0].repeats != operands[1].repeats:
         raise Declined("K and V heads are repeated differently")
     if is_long(rows):
-        hint = rows.node.hint if isinstance(rows, torch.SymInt) else rows
+        hint = example_size(rows)
         return AttentionSite(
             index, call.node, CacheKind.STATIC, Outcome.PREFILL, query, operands[0], operands[1], None, 0.0, hint
         )
@@ -110,7 +112,7 @@ def _check_memory(cache: Node, name: str, facts: GraphFacts) -> None:
     writers = facts.writers(cache)
     for writer in writers:
         if operation(writer) == "copy_":
-            raise Declined("sliding-window cache written by roll/copy_ is not supported yet")
+            raise Declined(ROLLED)
         if not is_index_copy(writer) or written_cache(writer, facts) is not cache:
             raise Declined(f"{name} is also written by {operation(writer)}")
         _check_write(writer, cache, name)

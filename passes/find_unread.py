@@ -10,8 +10,8 @@ from collections.abc import Collection
 from torch.fx import Node
 
 from .facts import GraphFacts
-from .find_dynamic import METADATA, append_parts, is_append
-from .find_static import is_index_copy, written_cache
+from .find_dynamic import CROPPED, METADATA, append_parts
+from .find_static import ROLLED, is_index_copy, written_cache
 from .nodes import operation
 from .records import DeclinedSite
 from .views import fold
@@ -40,10 +40,13 @@ def _cache_written_by(node: Node, facts: GraphFacts) -> _Cache | None:
         source = written_cache(node, facts)
         positions = node.args[2] if len(node.args) > 2 else node.kwargs.get("index")
         return None if source is None else (source, source, positions)
-    if is_append(node, facts):
-        parts = append_parts(node)
-        assert parts is not None
+    parts = append_parts(node)
+    if parts is not None and facts.is_returned(node):
         return parts[0], node, "cat"
+    if operation(node) == "copy_":
+        source = written_cache(node.args[0], facts)  # type: ignore[arg-type]
+        rolled = source is not None and any(operation(reader) == "roll" for reader in source.users)
+        return (source, source, "roll") if source is not None and rolled else None
     return None
 
 
@@ -61,6 +64,10 @@ def _in_pairs(caches: list[_Cache]) -> list[list[_Cache]]:
 def _decline(group: list[_Cache], index: int, facts: GraphFacts) -> DeclinedSite:
     readers = [reader for _, rows, _ in group for reader in _readers(rows, facts)]
     sources = tuple(source for source, _, _ in group)
+    if any(kind == "roll" for _, _, kind in group):
+        return DeclinedSite(index, group[0][1], sources, ROLLED)
+    if any(kind == "cat" and rows not in facts.outputs for _, rows, kind in group):
+        return DeclinedSite(index, group[0][1], sources, CROPPED)
     if not readers:
         return DeclinedSite(index, group[0][1], sources, "no attention of this graph reads the cache")
     first = min(readers, key=facts.order.__getitem__)

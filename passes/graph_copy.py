@@ -26,7 +26,7 @@ def copy_graph(module: GraphModule) -> GraphModule:
     graph.output_node().meta.update(module.graph.output_node().meta)
     for original, copied in copies.items():
         if hasattr(original, "_dynamo_source"):
-            copied._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = original._dynamo_source
     result = GraphModule(module, graph)
     result.meta.update(module.meta)
     for name in _MODULE_ATTRIBUTES:

@@ -78,6 +78,27 @@ def same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def example_size(size: object) -> int:
+    """The size itself, or the example value behind a symbolic one."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # type: ignore[call-overload]
+
+
+def constant(size: object) -> int:
+    """The size as an int, which specialises the graph to it where it was symbolic: head counts and dimensions never vary.
+
+    Raises:
+        Declined: the size depends on data.
+    """
+    if depends_on_data(size):
+        raise Declined("a head count or head dimension depends on data")
+    return int(size)  # type: ignore[call-overload]
+
+
+def depends_on_data(size: object) -> bool:
+    """Whether a size is a symbol that has no example value, so that no guard can decide about it."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
 def operation(node: Node) -> str:
     """Plain name of what a node computes; names outside torch and operator are qualified, so that they match nothing."""
     if node.op == "call_method":

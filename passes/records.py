@@ -180,6 +180,17 @@ class Pairing:
     """PREFILL calls over a ``cat``: nothing to do for them."""
     declined: tuple[DeclinedSite, ...]
 
+    @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Every call that is not declined."""
+        groups = (*(pair.sites for pair in self.static), *(pair.sites for pair in self.append), self.untouched)
+        return tuple(site for group in groups for site in group)
+
+    @property
+    def rewritten(self) -> tuple[AttentionSite, ...]:
+        """The calls that become aligned reads."""
+        return tuple(site for site in self.sites if site.outcome is Outcome.REWRITTEN)
+
 
 @dataclass(frozen=True)
 class SiteReport:

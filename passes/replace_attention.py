@@ -10,7 +10,7 @@ from torch.fx import Node
 from alignedkv_compile.ops import aligned_read_attention
 
 from .editor import GraphEditor
-from .nodes import fake, same
+from .nodes import example_size, fake, same
 from .records import AttentionSite
 
 
@@ -48,12 +48,13 @@ def replace_attention(
     """
     original = fake(site.attention)
     with editor.before(site.attention, site.attention):
-        mask = site.mask
+        mask = None if site.mask is None else editor.current(site.mask)
         while mask is not None and fake(mask).dim() < 4:
             mask = editor.method("unsqueeze", mask, 0)
+        counting = {} if counters is None else {"counters": counters, "site": site.index}
         result = editor.function(
-            aligned_read_attention.default,
-            site.query,
+            aligned_read_attention.default if counters is None else aligned_read_attention.counted,
+            editor.current(site.query),
             key,
             value,
             planes,
@@ -63,8 +64,7 @@ def replace_attention(
             tolerance=float(options.tolerance),
             unit_roundoff=options.unit_roundoff(fake(key).dtype),
             min_context=options.min_context,
-            counters=counters,
-            site=site.index,
+            **counting,
         )
         result = _with_strides_of(original, result, editor)
     result.meta["tensor_meta"] = site.attention.meta.get("tensor_meta")
@@ -82,15 +82,12 @@ def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) 
     """
     if _same_layout(original, fake(result)):
         return result
-    order = sorted(range(4), key=lambda dim: (_hint(original.stride(dim)), _hint(original.shape[dim])), reverse=True)
+    strides = [example_size(stride) for stride in original.stride()]
+    order = sorted(range(4), key=strides.__getitem__, reverse=True)
     inverse = [order.index(dim) for dim in range(4)]
     permuted = editor.method("permute", result, *order)
     dense = editor.method("contiguous", permuted)
     return editor.method("permute", dense, *inverse)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def _same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from alignedkv_compile.torch_private import detect_fake_mode
 from .append import AppendInputs, rewrite_append
 from .editor import GraphEditor
 from .nodes import fake
-from .records import AppendBinding, AppendPair, Outcome, Pairing, RewrittenGraph, SiteReport, StaticBinding, StaticPair
+from .records import AppendBinding, AppendPair, Pairing, RewrittenGraph, SiteReport, StaticBinding, StaticPair
 from .replace_attention import AlignmentOptions
 from .rewrite_static import rewrite_static
 
@@ -80,10 +80,7 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     inputs = tuple(node for node in module.graph.nodes if node.op == "placeholder")
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
     editor = GraphEditor(module)
-    rewritten = [
-        site for pair in (*pairing.static, *pairing.append) for site in pair.sites if site.outcome is Outcome.REWRITTEN
-    ]
-    counters = _counters(editor, sites) if options.stats and rewritten else None
+    counters = _counters(editor, sites) if options.stats and pairing.rewritten else None
     static, append = [], []
     for number, pair in enumerate(pairing.static):
         planes = rewrite_static(pair, number, editor, options, counters)

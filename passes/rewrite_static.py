@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from alignedkv_compile.layout import arena_layout
+from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.ops import quantize_on_write
 
 from .editor import GraphEditor
-from .nodes import fake
+from .nodes import constant, fake
 from .records import Outcome, StaticPair
 from .replace_attention import AlignmentOptions, replace_attention
 
@@ -34,9 +34,8 @@ def rewrite_static(
     for write in pair.writes if planes is not None else ():
         later = max(write.key, write.value, key=order.__getitem__)
         with editor.before(later.next, later):
-            editor.function(
-                quantize_on_write.default, planes, write.new_key, write.new_value, write.positions, _capacity(pair, editor)
-            )
+            rows = (editor.current(node) for node in (write.new_key, write.new_value, write.positions))
+            editor.function(quantize_on_write.default, planes, *rows, _capacity(pair, editor))
     for site in pair.sites:
         if site.outcome is Outcome.REWRITTEN:
             with editor.before(site.attention, site.attention):
@@ -48,7 +47,9 @@ def rewrite_static(
 
 
 def _planes(pair: StaticPair, number: int, editor: GraphEditor) -> Node:
-    size = arena_layout(fake(pair.key), fake(pair.value)).total
+    key, value = fake(pair.key), fake(pair.value)
+    heads = key.shape[0] * constant(key.shape[1])
+    size = ArenaLayout(heads, key.shape[2], constant(key.shape[3]), constant(value.shape[3])).total
     return editor.placeholder(f"alignedkv_planes_{number}", (size,), torch.uint8)
 
 

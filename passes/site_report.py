@@ -14,8 +14,7 @@ log = logging.getLogger("alignedkv_compile.passes")
 
 def report_sites(pairing: Pairing) -> tuple[SiteReport, ...]:
     """One line per cached attention call, in graph order; each is logged at DEBUG."""
-    grouped = [site for pair in (*pairing.static, *pairing.append) for site in pair.sites]
-    lines = [_site_line(site) for site in (*grouped, *pairing.untouched)] + [_declined_line(site) for site in pairing.declined]
+    lines = [_site_line(site) for site in pairing.sites] + [_declined_line(site) for site in pairing.declined]
     lines.sort(key=lambda line: line.index)
     for line in lines:
         log.debug("%s %s (%s, %s): %s", line.name, line.where, line.shape, line.outcome.value, line.reason or "aligned read")

@@ -18,7 +18,7 @@ from alignedkv_compile.torch_private import OpOverload
 from .editor import GraphEditor
 from .find_dynamic import metadata_readers
 from .nodes import fake, mutated_by, operation, same
-from .records import AttentionSite, Outcome, Pairing
+from .records import Pairing
 from .replace_attention import AlignmentOptions
 
 READ = f"{NAMESPACE}::aligned_read_attention"
@@ -45,12 +45,12 @@ def snapshot(module: GraphModule, pairing: Pairing) -> GraphSnapshot:
     operands = [operand for pair in pairing.append for operand in (pair.sites[0].key, pair.sites[0].value)]
     return GraphSnapshot(
         nodes=tuple((node.name, _identity(node), _operands(node, {})) for node in module.graph.nodes),
-        attention={site.attention.name: fake(site.attention) for site in _rewritten(pairing)},
+        attention={site.attention.name: fake(site.attention) for site in pairing.rewritten},
         metadata=frozenset(node.name for operand in operands for node in metadata_readers(operand)),
     )
 
 
-def verify(
+def verify_rewrite(
     module: GraphModule, before: GraphSnapshot, pairing: Pairing, editor: GraphEditor, options: AlignmentOptions
 ) -> None:
     """Check everything that the rewrite promises.
@@ -71,17 +71,13 @@ def verify(
     _check_counts(nodes, pairing, options)
 
 
-def _rewritten(pairing: Pairing) -> list[AttentionSite]:
-    return [site for pair in (*pairing.static, *pairing.append) for site in pair.sites if site.outcome is Outcome.REWRITTEN]
-
-
 def _identity(node: Node) -> str:
     return f"{node.op} {node.target}" if isinstance(node.target, str) else f"{node.op} {id(node.target)}"
 
 
 def _operands(node: Node, renamed: dict[str, str]) -> str:
     """Arguments as text; ``renamed`` maps names of new nodes to the nodes they stand for."""
-    return str(map_arg((node.args, node.kwargs), lambda used: _Name(renamed.get(used.name, used.name))))  # type: ignore[arg-type, return-value]
+    return str(map_arg((node.args, node.kwargs), lambda used: _Name(renamed.get(used.name, used.name))))
 
 
 class _Name(str):
@@ -93,7 +89,7 @@ class _Name(str):
 
 def _check_removed(before: GraphSnapshot, pairing: Pairing, editor: GraphEditor) -> None:
     allowed = before.metadata | {
-        node.name for site in _rewritten(pairing) for node in (site.attention, *site.key.chain, *site.value.chain)
+        node.name for site in pairing.rewritten for node in (site.attention, *site.key.chain, *site.value.chain)
     }
     for pair in pairing.append:
         allowed |= {node.name for node in (pair.key, pair.value, pair.key_result, pair.value_result)}
@@ -161,6 +157,6 @@ def _check_order(nodes: list[Node]) -> None:
 def _check_counts(nodes: list[Node], pairing: Pairing, options: AlignmentOptions) -> None:
     counts = Counter(operation(node) for node in nodes)
     writes = sum(len(pair.writes) for pair in pairing.static) + len(pairing.append) if options.tolerance > 0 else 0
-    for name, expected in ((READ, len(_rewritten(pairing))), (WRITE, writes)):
+    for name, expected in ((READ, len(pairing.rewritten)), (WRITE, writes)):
         if counts[name] != expected:
             raise GraphVerificationError(f"{counts[name]} nodes of {name} where {expected} belong")

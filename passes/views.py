@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .nodes import Declined, arguments, fake, operation, same, tensor_of
+from .nodes import Declined, arguments, constant, fake, operation, same, tensor_of
 
 _CASTS = frozenset(
     ["to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "alias", "_to_copy"]
@@ -207,7 +207,4 @@ def _grouping(axes: Axes) -> int:
     repeats = [axis for axis in axes[1] if axis.label == "repeat"]
     if axes[1][len(axes[1]) - len(repeats) :] != tuple(repeats) or len(axes[1]) - len(repeats) > 1:
         raise Declined("KV heads are repeated in another order than n times each, one after the other")
-    sizes = [axis.size for axis in repeats]
-    if not all(isinstance(size, int) for size in sizes):
-        raise Declined("the number of query heads per KV head is not constant")
-    return math.prod(int(size) for size in sizes)
+    return math.prod(constant(axis.size) for axis in repeats)
