@@ -6,7 +6,9 @@ not use. The 4-bit GGUF file is dequantized once, to bfloat16.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +81,11 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
 
     transformers.utils.logging.disable_progress_bar()
     folder, file = str(weights.parent), weights.name
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    # The GGUF reader draws a progress bar of its own on stderr, in the middle of the demo's.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model.eval().requires_grad_(False)
     return LoadedModel("SmolLM2-135M-Instruct", model, tokenizer, int(model.config.max_position_embeddings))

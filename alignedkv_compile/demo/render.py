@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,12 +35,12 @@ def print_result(result: Result, console: Console) -> None:
 
 def timing_table(comparisons: Sequence[Comparison], model: str) -> Table:
     """Medians of the variants side by side; speedups are ratios of medians."""
-    table = Table(title=f"{model}: one token, decoded in turns with the other variants")
-    table.add_column("context", justify="right")
-    table.add_column("cache")
-    table.add_column("variant")
-    for name in ("ms/token", "tokens/s", f"× {EAGER}", f"× {COMPILED}", "first token, s", "bytes read"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"{model}: one token, decoded in turns with the other variants", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("context", justify="right", no_wrap=True)
+    table.add_column("cache", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
+    for name in ("ms/\ntoken", "tokens/\ns", f"times\n{EAGER}", "times\ncompile", "first\ntoken, s", "bytes\nread"):
+        table.add_column(name, justify="right", no_wrap=True)
     for comparison in comparisons:
         for timing in comparison.timings:
             aligned = timing.variant == ALIGNED
@@ -55,7 +56,10 @@ def timing_table(comparisons: Sequence[Comparison], model: str) -> Table:
                 f"{comparison.bytes.fraction:.1%}" if aligned and comparison.bytes is not None else "",
                 end_section=timing is comparison.timings[-1],
             )
-    table.caption = "bytes read: of what the cache holds for its live rows in its own dtype; first token: compilation included"
+    table.caption = (
+        f"times: how many times faster than {EAGER} and {COMPILED}, by median. first token: compilation included.\n"
+        "bytes read: of what the live rows take in the cache's own dtype."
+    )
     return table
 
 
@@ -83,7 +87,7 @@ def quality_table(qualities: Sequence[Quality]) -> Table:
 def continuation_table(continuations: Sequence[Continuation]) -> Table:
     """Greedy text, and where it leaves stock eager's."""
     table = Table(title=f"greedy text after {continuations[0].context} tokens")
-    table.add_column("variant")
+    table.add_column("variant", no_wrap=True)
     table.add_column(f"same as {EAGER}")
     table.add_column("text")
     for continuation in continuations:

@@ -1,0 +1,313 @@
+"""The attention operator alone: aligned reads against SDPA and against streaming the whole cache.
+
+    python benchmarks/attention.py --quick
+    python benchmarks/attention.py --contexts 1024,16384 --shapes 32/8/128 --dtypes bfloat16
+    python benchmarks/capture.py results/smollm2.pt && python benchmarks/attention.py --kv results/smollm2.pt
+
+Every call is one decode step of one layer. A model reads another layer's cache at each call, so no cache is warm when its turn
+comes: the benchmark keeps copies of K, V and planes until they take ``--footprint-mib`` together and goes round them.
+Variants take turns in every round, a round starts with another variant each time, and medians over rounds are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from alignedkv_compile.demo.environment import describe
+from alignedkv_compile.ops import COUNTER_FIELDS
+from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, effective_keys, exact_attention, synthetic
+from attention_variants import ALIGNED, DESCRIPTIONS, STREAM, Call, Prepared, make_calls, prepare
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+SHAPES = ("32/8/128", "32/32/128", "9/3/64")
+SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+DTYPES = tuple(SHORT_DTYPE)
+QUICK_CASES = (("32/8/128", 16384, "bfloat16"), ("9/3/64", 16384, "float32"))
+MAX_COPIES = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant on one case.
+
+    Attributes:
+        median_ms, min_ms: per call, over rounds.
+        rounds_ms: mean time per call of each round.
+        relative_error: ``||o - o64|| / ||o64||`` against float64 attention on the same stored values, first layer.
+        bytes_read: per call; for SDPA and streaming the cache in its own dtype.
+        bytes_fraction: of the cache in its own dtype.
+        bytes_per_row, ns_per_row: per cache row and KV head, K and V together.
+        gb_per_s: ``bytes_read`` over the median.
+    """
+
+    median_ms: float
+    min_ms: float
+    rounds_ms: tuple[float, ...]
+    relative_error: float
+    bytes_read: float
+    bytes_fraction: float
+    bytes_per_row: float
+    ns_per_row: float
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """All variants on one head shape, context and dtype.
+
+    Attributes:
+        effective_keys: mean over heads (and layers) of exp(entropy of the weights).
+        copies: layers that the calls went round.
+        skipped: why the case was not run, or "".
+    """
+
+    shape: str
+    context: int
+    dtype: str
+    effective_keys: float = 0.0
+    copies: int = 0
+    skipped: str = ""
+    variants: dict[str, Measured] = field(default_factory=dict)
+
+    def ratio(self, baseline: str) -> float:
+        """How many times faster the aligned read is than ``baseline``, by median."""
+        return self.variants[baseline].median_ms / self.variants[ALIGNED].median_ms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure; see the command's options."""
+
+    rounds: int
+    burst_ms: float
+    footprint_mib: float
+    tolerance: float
+    accuracy: torch.dtype | None
+    effective_keys: float
+    max_gib: float
+
+
+def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case:
+    """Time every variant in turns over ``layers`` (all of one shape)."""
+    prepared = [prepare(layer) for layer in layers]
+    shape, context = layers[0].shape, layers[0].context
+    exact = exact_attention(layers[0])
+    errors, bursts = {}, {}
+    for name, call in calls.items():
+        errors[name] = float((call(prepared[0]).double() - exact).norm() / exact.norm())
+        bursts[name] = _burst(call, prepared, plan.burst_ms)
+    for item in prepared:
+        item.counters.zero_()
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for round_ in range(plan.rounds):
+        for turn in range(len(names)):
+            name = names[(round_ + turn) % len(names)]
+            rounds[name].append(_time(calls[name], prepared, bursts[name]))
+    counted = torch.stack([item.counters[0] for item in prepared]).sum(0).tolist()
+    totals = dict(zip(COUNTER_FIELDS, counted, strict=True))
+    bytes_full = layers[0].bytes_full
+    bytes_read = {name: float(bytes_full) for name in names}
+    if ALIGNED in calls and totals["calls"]:
+        bytes_read[ALIGNED] = totals["bytes_read"] / totals["calls"]
+    rows = context * shape.heads
+    variants = {}
+    for name in names:
+        median = statistics.median(rounds[name])
+        variants[name] = Measured(
+            median_ms=median,
+            min_ms=min(rounds[name]),
+            rounds_ms=tuple(rounds[name]),
+            relative_error=errors[name],
+            bytes_read=bytes_read[name],
+            bytes_fraction=bytes_read[name] / bytes_full,
+            bytes_per_row=bytes_read[name] / rows,
+            ns_per_row=1e6 * median / rows,
+            gb_per_s=bytes_read[name] / median / 1e6,
+        )
+    keys = statistics.mean(effective_keys(layer) for layer in layers)
+    return Case(str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", variants)
+
+
+def _time(call: Call, prepared: Sequence[Prepared], count: int) -> float:
+    """Mean milliseconds of ``count`` calls, going round the layers."""
+    start = time.perf_counter()
+    for index in range(count):
+        call(prepared[index % len(prepared)])
+    return 1000 * (time.perf_counter() - start) / count
+
+
+def _burst(call: Call, prepared: Sequence[Prepared], burst_ms: float) -> int:
+    """Calls per turn: as many as fit into ``burst_ms``, but each layer at most once per turn for slow variants."""
+    _time(call, prepared, 1)
+    return max(1, int(burst_ms / max(_time(call, prepared, min(3, len(prepared))), 1e-6)))
+
+
+def copies_of(layer: Layer, footprint_mib: float) -> list[Layer]:
+    """Enough copies that their K and V take ``footprint_mib``, at most :data:`MAX_COPIES`."""
+    count = min(MAX_COPIES, max(1, int(footprint_mib * 2**20 // layer.bytes_full)))
+    return [layer] + [layer.clone() for _ in range(count - 1)]
+
+
+def needed_gib(shape: Shape, context: int, dtype: torch.dtype, footprint_mib: float) -> float:
+    """Rough peak memory of a case: copies with planes, fp32 scores, and K and V repeated per query head."""
+    cache = 2 * context * shape.heads * shape.head_dim * dtype.itemsize
+    copies = max(cache, footprint_mib * 2**20)
+    repeated = 2 * cache * shape.group
+    return (1.6 * copies + repeated + 8 * context * shape.query_heads * 4) / 2**30
+
+
+def run_cases(cases: Sequence[tuple[str, int, str]], plan: Plan, console: Console) -> Iterator[Case]:
+    """Measure synthetic cases; graphs are kept from one context to the next and dropped between shapes and dtypes."""
+    calls: dict[str, Call] = {}
+    compiled_for: tuple[str, str] | None = None
+    for name, context, dtype_name in track(cases, "measuring", console=console):
+        shape, dtype = _shape(name), _dtype(dtype_name)
+        needed = needed_gib(shape, context, dtype, plan.footprint_mib)
+        if needed > plan.max_gib:
+            yield Case(
+                name, context, dtype_name, skipped=f"needs about {needed:.1f} GiB of memory, --max-gib is {plan.max_gib:g}"
+            )
+            continue
+        if compiled_for != (name, dtype_name):
+            torch.compiler.reset()
+            calls, compiled_for = make_calls(plan.tolerance, plan.accuracy), (name, dtype_name)
+        layer = synthetic(shape, context, dtype, plan.effective_keys)
+        yield measure(copies_of(layer, plan.footprint_mib), calls, plan)
+
+
+def time_table(cases: Sequence[Case]) -> Table:
+    """Medians of all variants in milliseconds."""
+    found = _table("one decode step of one layer, median ms", list(DESCRIPTIONS))
+    for case in cases:
+        times = (
+            [f"{case.variants[name].median_ms:.3f}" for name in DESCRIPTIONS] if case.variants else [f"skipped: {case.skipped}"]
+        )
+        found.add_row(case.shape, str(case.context), SHORT_DTYPE[case.dtype], *times)
+    return found
+
+
+def ratio_table(cases: Sequence[Case]) -> Table:
+    """How many times faster the aligned read is than each baseline, what it reads, and its error beside streaming's."""
+    baselines = [name for name in DESCRIPTIONS if name != ALIGNED]
+    figures = ["bytes\nread", "bytes\n/row", "ns\n/row", "GB/s", "rel.\nerror", "error of\nstream"]
+    found = _table("the aligned read: times faster than each, and what it reads", baselines + figures)
+    for case in cases:
+        if not case.variants:
+            continue
+        aligned = case.variants[ALIGNED]
+        found.add_row(
+            case.shape,
+            str(case.context),
+            SHORT_DTYPE[case.dtype],
+            *(f"{case.ratio(name):.2f}" for name in baselines),
+            f"{aligned.bytes_fraction:.1%}",
+            f"{aligned.bytes_per_row:.0f}",
+            f"{aligned.ns_per_row:.2f}",
+            f"{aligned.gb_per_s:.1f}",
+            f"{aligned.relative_error:.0e}",
+            f"{case.variants[STREAM].relative_error:.0e}",
+        )
+    return found
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    found = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("heads", "context", "dtype"):
+        found.add_column(name, no_wrap=True)
+    for name in columns:
+        found.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    return found
+
+
+def _shape(text: str) -> Shape:
+    try:
+        query_heads, heads, head_dim = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not query heads/KV heads/head dimension, such as 32/8/128") from None
+    if min(query_heads, heads, head_dim) < 1 or query_heads % heads:
+        raise typer.BadParameter(f"{text!r}: query heads must be a multiple of KV heads")
+    return Shape(query_heads, heads, head_dim)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(DTYPES)}")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def main(
+    contexts: Annotated[str, typer.Option(help="Cache rows.")] = ",".join(map(str, CONTEXTS)),
+    shapes: Annotated[str, typer.Option(help="Query heads/KV heads/head dimension.")] = ",".join(SHAPES),
+    dtypes: Annotated[str, typer.Option(help="Of K, V and the query.")] = ",".join(DTYPES),
+    quick: Annotated[bool, typer.Option("--quick", help="16k only: one bf16 and one fp32 case.")] = False,
+    kv: Annotated[Path | None, typer.Option(help="Use the layers that benchmarks/capture.py saved.", exists=True)] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Of the aligned read.")] = 2.0,
+    accuracy: Annotated[
+        str | None, typer.Option(help="Dtype that the tolerance is measured in; the cache's if not given.")
+    ] = None,
+    keys: Annotated[float, typer.Option(min=1.0, help="Effective number of keys of synthetic inputs.")] = EFFECTIVE_KEYS,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant.")] = 15,
+    burst_ms: Annotated[float, typer.Option(min=0.0, help="Length of a turn.")] = 50.0,
+    footprint_mib: Annotated[float, typer.Option(min=0.0, help="Keep copies of K and V up to this size.")] = 512.0,
+    max_gib: Annotated[float, typer.Option(min=0.1, help="Skip cases that need more memory.")] = 12.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own default if not given.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+) -> None:
+    """Time the attention operator alone, in turns with stock attention. Run on an otherwise idle machine."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    plan = Plan(
+        rounds=rounds,
+        burst_ms=burst_ms,
+        footprint_mib=footprint_mib,
+        tolerance=tolerance,
+        accuracy=None if accuracy is None else _dtype(accuracy),
+        effective_keys=keys,
+        max_gib=max_gib,
+    )
+    grid = [(s, int(c), d) for d in dtypes.split(",") for s in shapes.split(",") for c in contexts.split(",")]
+    cases: list[Case]
+    # An empty Inductor cache: the operators' templates are not part of Inductor's own cache key.
+    with tempfile.TemporaryDirectory(prefix="alignedkv-bench-", ignore_cleanup_errors=True) as folder, torch.no_grad():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        if kv is not None:
+            cases = [measure(captured(kv), make_calls(plan.tolerance, plan.accuracy), plan)]
+        else:
+            cases = list(run_cases(QUICK_CASES if quick else grid, plan, console))
+    console.print(time_table(cases))
+    console.print(ratio_table(cases))
+    for name, description in DESCRIPTIONS.items():
+        console.print(f"{name}: {description}")
+    result = {
+        "environment": asdict(describe()),
+        "plan": asdict(plan) | {"accuracy": accuracy, "inputs": str(kv) if kv is not None else "synthetic"},
+        "descriptions": DESCRIPTIONS,
+        "cases": [asdict(case) | {"ratios": {n: case.ratio(n) for n in case.variants}} for case in cases],
+    }
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        console.print(f"results: {json_path}")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
