@@ -38,7 +38,7 @@ test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## everything, with many more property-test examples
-	$(BIN)/python -m pytest --hypothesis-profile=nightly $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) typecheck  ## ruff and mypy
 	$(BIN)/ruff check .
