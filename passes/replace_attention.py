@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from alignedkv_compile.ops import aligned_read_attention
 
@@ -51,7 +52,7 @@ def replace_attention(
         mask = None if site.mask is None else editor.current(site.mask)
         while mask is not None and fake(mask).dim() < 4:
             mask = editor.method("unsqueeze", mask, 0)
-        counting = {} if counters is None else {"counters": counters, "site": site.index}
+        counting: dict[str, Argument] = {} if counters is None else {"counters": counters, "site": site.index}
         result = editor.function(
             aligned_read_attention.default if counters is None else aligned_read_attention.counted,
             editor.current(site.query),

@@ -1,5 +1,7 @@
 """Every reason for leaving a cached attention call alone, each with the smallest graph that has it."""
 
+# ruff: noqa: ANN001 - fixtures and the functions that Dynamo traces read better bare
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Graphs of real Hugging Face models, tiny and with random weights: outcomes, and values of whole decode steps."""
 
+# ruff: noqa: ANN001 - fixtures and the functions that Dynamo traces read better bare
+
 from __future__ import annotations
 
 import copy

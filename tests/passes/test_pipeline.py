@@ -1,5 +1,7 @@
 """The frame around the finders: copying, verifying, logging, and compiling the result with Inductor."""
 
+# ruff: noqa: ANN001 - fixtures and the functions that Dynamo traces read better bare
+
 from __future__ import annotations
 
 import logging

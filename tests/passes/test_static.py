@@ -1,5 +1,7 @@
 """Attention over preallocated caches: fired, operations before and after, values, near-misses."""
 
+# ruff: noqa: ANN001 - fixtures and the functions that Dynamo traces read better bare
+
 from __future__ import annotations
 
 from collections.abc import Callable
