@@ -1,7 +1,5 @@
 """A stand-in for the runtime: what the passes return is run with buffers that hold what the contract says they hold."""
 
-
-
 from __future__ import annotations
 
 import copy
