@@ -13,7 +13,7 @@ from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
 from .options import OPTION_NAMES, Options, parse
 from .passes.records import Outcome, RewrittenGraph, SiteReport
-from .rebuild import cache_key
+from .rebuild import post_grad_pass
 from .report import REGISTRY, GraphReport
 from .runtime import Runtime
 
@@ -76,7 +76,7 @@ def _compile_rewritten(
     log_rewritten(graph_report.name, rewritten.module)
     lowering.register()
     compiled = torch_private.compile_graph(
-        rewritten.module, rewritten.example_inputs, options.inductor_patches(), cache_key(options)
+        rewritten.module, rewritten.example_inputs, options.inductor_patches(), post_grad_pass(options)
     )
     return Runtime(compiled, rewritten, options, graph_report)
 

@@ -12,9 +12,9 @@ from . import lowering, torch_private
 from .layout import PLANES_VALID
 
 
-def cache_key(*extra: object) -> torch_private.CacheKeyPass:
-    """The part of Inductor's cache key that stands for this package: its version, the sources of its lowerings, and ``extra``."""
-    return torch_private.CacheKeyPass([_package_version().encode(), lowering.source_hash(), repr(extra).encode()])
+def post_grad_pass(*extra: object) -> torch_private.PostGradPass:
+    """Our pass in Inductor, which keys its caches by our version, the sources of our lowerings, and ``extra``."""
+    return torch_private.PostGradPass([_package_version().encode(), lowering.source_hash(), repr(extra).encode()])
 
 
 def _package_version() -> str:
@@ -71,7 +71,7 @@ class PlaneBuilder:
                     return variant
             lowering.register()
             dynamic = ((0,), (2,), (2,), (0,)) if contiguous else ((), (), (), (0,))
-            variants.append(torch_private.compile_function(_write_rows, args, dynamic, {}, cache_key("rebuild")))
+            variants.append(torch_private.compile_function(_write_rows, args, dynamic, {}, post_grad_pass("rebuild")))
             return variants[-1]
 
 

@@ -27,6 +27,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as stati
 from torch._inductor.custom_graph_pass import CustomGraphPass  # the only way to add to the key of Inductor's caches
 from torch._logging import trace_structured  # TORCH_TRACE has no public writer
 
+from . import ops
+
 CompiledGraph = Callable[..., Sequence[object]]
 """What Inductor makes of a graph: called with the graph's inputs, returns its outputs."""
 
@@ -42,11 +44,14 @@ def inductor_config_types() -> dict[str, type | None]:
     return {name: kind if typing.get_origin(kind) is None and isinstance(kind, type) else None for name, kind in types.items()}
 
 
-class CacheKeyPass(CustomGraphPass):
-    """Changes no graph; puts what generated code depends on into the key of FxGraphCache and AOTAutogradCache.
+class PostGradPass(CustomGraphPass):
+    """Our entry in Inductor's ``post_grad_custom_post_pass``; its identity is part of the key of FxGraphCache and AOTAutogradCache.
 
     Inductor hashes the graph, its own sources and its config, but not the source of lowerings and templates that another
     package registers: without this, an edited template would go on running its old code.
+
+    The pass itself only turns operators that could mutate an optional argument, but got None for it, back into plain
+    calls. Inductor would do that with a ``getitem`` left over that it cannot lower.
 
     Args:
         parts: bytes to hash (sources of the lowerings, options, versions).
@@ -58,18 +63,31 @@ class CacheKeyPass(CustomGraphPass):
             digest.update(len(part).to_bytes(8, "little") + part)
         self._uuid = digest.digest()
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        return None
-
     def uuid(self) -> bytes:
         return self._uuid
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2  # how AOTAutograd wraps mutation
+
+        for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+            operator, mutated = node.args[0], node.kwargs["_all_bases"]
+            if mutated or operator.namespace != ops.NAMESPACE:
+                continue
+            kwargs = {argument.name: node.kwargs.get(argument.name) for argument in operator._schema.arguments}
+            with graph.inserting_before(node):
+                call = graph.call_function(operator, kwargs=kwargs)
+            for output in list(node.users):
+                call.meta.update(output.meta)
+                output.replace_all_uses_with(call)
+                graph.erase_node(output)
+            graph.erase_node(node)
 
 
 def compile_graph(
     module: torch.fx.GraphModule,
     example_inputs: Sequence[object],
     patches: Mapping[str, object],
-    cache_key: CacheKeyPass | None = None,
+    post_grad: PostGradPass | None = None,
 ) -> CompiledGraph:
     """Compile ``module`` with Inductor, as ``torch.compile(backend="inductor")`` does with Dynamo's graph.
 
@@ -77,16 +95,16 @@ def compile_graph(
         module: a graph as Dynamo makes it; Inductor takes ownership.
         example_inputs: fakes, in the order of its placeholders.
         patches: entries of Inductor's config to set while compiling.
-        cache_key: appended to ``post_grad_custom_post_pass``, after whatever stands there.
+        post_grad: appended to ``post_grad_custom_post_pass``, after whatever stands there.
     """
     from torch._inductor.compile_fx import compile_fx  # torch.compile itself would trace through Dynamo again
     from torch._inductor.custom_graph_pass import get_custom_graph_passes  # the slot holds None, one pass or several
 
     patches = dict(patches)
-    if cache_key is not None:
+    if post_grad is not None:
         slot = "post_grad_custom_post_pass"
         present = patches.get(slot, getattr(inductor_config, slot))
-        patches[slot] = [*get_custom_graph_passes(present), cache_key]  # type: ignore[arg-type]
+        patches[slot] = [*get_custom_graph_passes(present), post_grad]  # type: ignore[arg-type]
     return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
 
 
@@ -133,7 +151,7 @@ def compile_function(
     args: Sequence[torch.Tensor],
     dynamic_dims: Sequence[Sequence[int]],
     patches: Mapping[str, object],
-    cache_key: CacheKeyPass,
+    post_grad: PostGradPass,
 ) -> GuardedGraph:
     """Compile a straight-line function of tensors with Inductor, without Dynamo.
 
@@ -145,7 +163,7 @@ def compile_function(
         args: arguments whose dtypes, devices, strides and static sizes the result holds for.
         dynamic_dims: for each argument, the dimensions whose size is symbolic.
         patches: as in :func:`compile_graph`.
-        cache_key: as in :func:`compile_graph`.
+        post_grad: as in :func:`compile_graph`.
     """
     from torch._dynamo.source import ConstantSource  # a symbol needs a source, though no guard is installed for it
     from torch._guards import TracingContext, tracing  # without it, the caches know no symbols
@@ -177,7 +195,7 @@ def compile_function(
         node.type = None  # annotations are strings here, which AOTAutogradCache cannot hash
     module.recompile()
     with compile_lock(), torch.no_grad(), tracing(TracingContext(mode)):
-        compiled = compile_graph(module, inputs, patches, cache_key)
+        compiled = compile_graph(module, inputs, patches, post_grad)
         guards = shape_env.produce_guards_expression(fakes)
     return GuardedGraph(compiled, symbolic_sizes, guards, shape_env.evaluate_guards_expression)
 

@@ -43,7 +43,7 @@ def test_sizes_share_compiled_code(builder: PlaneBuilder) -> None:
 def test_inference_tensors(builder: PlaneBuilder) -> None:
     with torch.inference_mode():
         key, value = torch.randn(1, 2, 128, 16), torch.randn(1, 2, 128, 16)
-        check(builder, key, value, 100)
+    check(builder, key, value, 100)
 
 
 def test_strides_that_are_not_contiguous(builder: PlaneBuilder) -> None:
