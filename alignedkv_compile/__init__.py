@@ -1,4 +1,4 @@
-"""Precision-aligned KV caches for ``torch.compile``: each cached number is read only as precisely as its place in the sum deserves.
+"""Precision-aligned KV caches for ``torch.compile``: numbers are read only as precisely as their place in a sum deserves.
 
     model.forward = torch.compile(model.forward, backend="alignedkv")
 

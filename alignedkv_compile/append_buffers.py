@@ -1,10 +1,10 @@
 """Growing buffers in place of ``cat([past, new])``: an append writes one row instead of copying the whole cache.
 
-What the caller gets as the concatenated cache is a view of a buffer's live rows. The view that was handed out last may be continued in
-place, once: the rows behind it are free, and no other view reaches there. Every other past is copied into a fresh buffer: one
-that was already continued (a fork), that was cropped or reordered, that somebody wrote to, or that never came from
-here. The values are therefore those of ``cat``, and only strides differ. One thing a fresh tensor allows and a view does not:
-an in-place edit of a view also changes the older and newer views that share its rows.
+What the caller gets as the concatenated cache is a view of a buffer's live rows. The view that was handed out last may be
+continued in place, once: the rows behind it are free, and no other view reaches there. Every other past is copied into a
+fresh buffer: one that was already continued (a fork), that was cropped or reordered, that somebody wrote to, or that
+never came from here. The values are therefore those of ``cat``, and only strides differ. One thing a fresh tensor allows
+and a view does not: an in-place edit of a view also changes the older and newer views that share its rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import torch_private
-from .layout import BLOCK_ROWS, ArenaLayout, padded_rows
+from .layout import ArenaLayout, padded_rows
 from .rebuild import PLANE_BUILDER, PlaneBuilder
 from .tensor_identity import WeakPairMap, observe
 

@@ -11,7 +11,7 @@ import torch.fx
 from . import lowering, passes, torch_private
 from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
-from .options import OPTION_NAMES, Options, parse
+from .options import Options, parse
 from .passes.records import Outcome, RewrittenGraph, SiteReport
 from .rebuild import post_grad_pass
 from .report import REGISTRY, GraphReport
@@ -49,10 +49,8 @@ def alignedkv(
     graph_report = REGISTRY.open(_traced_function(gm))
     try:
         return _compile_rewritten(gm, example_inputs, choices, graph_report)
-    except (DeclinedError, *torch_private.passes_through_backends()):
-        raise
     except Exception as error:
-        if choices.strict:
+        if choices.strict or isinstance(error, torch_private.passes_through_backends()):
             raise
         graph_report.fallback = f"internal error, {type(error).__name__}: {error}"
         graph_report.sites = tuple(_declined(site, graph_report.fallback) for site in graph_report.sites)

@@ -1,8 +1,8 @@
 """Logging: ``TORCH_LOGS="+alignedkv_compile"`` shows what the backend decided and why.
 
 torch takes the name of any importable package in ``TORCH_LOGS`` and gives the loggers of its modules a handler, so that plain
-:mod:`logging` is all that is needed; without ``TORCH_LOGS``, warnings reach stderr and the rest is dropped. ``TORCH_TRACE`` also gets
-the rewritten graphs.
+:mod:`logging` is all that is needed; without ``TORCH_LOGS``, warnings reach stderr and the rest is dropped. ``TORCH_TRACE``
+also gets the rewritten graphs.
 """
 
 from __future__ import annotations

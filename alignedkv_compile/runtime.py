@@ -1,4 +1,4 @@
-"""What Dynamo calls in place of its graph: binds planes, append buffers and counters, runs the compiled graph, returns its outputs.
+"""What Dynamo calls in place of its graph: binds planes, append buffers and counters, then runs the compiled graph.
 
 This runs for every token, so it does little per layer: one dict look-up and a comparison of versions.
 """

@@ -1,12 +1,13 @@
 """Planes beside static caches: found from the cache tensor at each call, trusted only while nobody else wrote the tensor.
 
-The model's own K and V tensors stay authoritative. Before a call, the tensors' version counters, addresses and shapes are compared with
-what was recorded after the last call that kept the planes: equal means that the planes are current, anything else means that
-somebody else wrote (an eager prefill, ``reset()``, a user's edit) and the planes are rebuilt, or, when that cannot be or
-does not pay, marked stale, upon which the kernels read every bit of the tensors themselves.
+The model's own K and V tensors stay authoritative. Before a call, the tensors' version counters, addresses and shapes are
+compared with what was recorded after the last call that kept the planes: equal means that the planes are current,
+anything else means that somebody else wrote (an eager prefill, ``reset()``, a user's edit) and the planes are rebuilt,
+or, when that cannot be or does not pay, marked stale, upon which the kernels read every bit of the tensors themselves.
 
-Two blind spots, both torch's: a write through ``.data`` counts no version, and a tensor made under ``torch.inference_mode()``
-has no counter at all (such tensors are therefore always stale, unless ``assume_exclusive_cache``).
+Two blind spots, both torch's: a write through ``.data`` counts no version, and a tensor made under
+``torch.inference_mode()`` has no counter at all (such tensors are therefore always stale, unless
+``assume_exclusive_cache``).
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def _empty_arena(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 class SidecarStore:
     """Every pair of static cache tensors in the process that compiled code has met, and its planes.
 
-    An entry dies with either tensor. Several threads may decode several models at once; as with any tensor, two threads must not write
-    the same cache at the same time.
+    An entry dies with either tensor. Several threads may decode several models at once; as with any tensor, two threads must
+    not write the same cache at the same time.
     """
 
     def __init__(self, builder: PlaneBuilder = PLANE_BUILDER) -> None:

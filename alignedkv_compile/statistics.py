@@ -1,7 +1,8 @@
 """Bytes of KV cache read, against what streaming the cache in its own dtype would read: ``options={"stats": True}``.
 
-Each graph compiled with ``stats`` owns an int64 tensor of counters, one row per attention site, which the generated kernels add to. The
-layer of a row is its order in the graph; graphs with equally many sites (recompiles of the same model) are added up.
+Each graph compiled with ``stats`` owns an int64 tensor of counters, one row per attention site, which the generated
+kernels add to. The layer of a row is its order in the graph; graphs with equally many sites (recompiles of the same
+model) are added up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .ops import COUNTER_FIELDS
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Counters of one attention site, or the sum over all; the fields are those of :data:`alignedkv_compile.ops.COUNTER_FIELDS`."""
+    """Counters of one attention site, or the sum over all; the fields are those of ``ops.COUNTER_FIELDS``."""
 
     calls: int = 0
     bytes_read: int = 0

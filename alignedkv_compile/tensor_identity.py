@@ -1,4 +1,4 @@
-"""Which tensor is this, and has anybody written it since? What the backend's state keys on and checks before it trusts anything.
+"""Which tensor is this, and has anybody written it since? What the backend's state is keyed by, and checked against.
 
 :class:`WeakPairMap` maps tensor objects to values and forgets an entry when a tensor that the entry stands on dies.
 ``torch.utils.weak.WeakTensorKeyDictionary`` does this for one key at several microseconds per look-up. A decode step looks up
@@ -28,7 +28,7 @@ def observe(key: torch.Tensor, value: torch.Tensor, versioned: bool = True) -> o
     return versions, key.data_ptr(), value.data_ptr(), key.shape, value.shape, key.stride(), value.stride()
 
 
-class _Reference(weakref.ref):  # type: ignore[type-arg]
+class _Reference(weakref.ReferenceType[torch.Tensor]):
     """A weak reference that knows under which key its entry is filed."""
 
     __slots__ = ("key",)
@@ -41,7 +41,7 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]
         return self
 
     def __init__(self, tensor: torch.Tensor, callback: Callable[[_Reference], None], key: int) -> None:
-        super().__init__(tensor, callback)
+        super().__init__(tensor, callback)  # type: ignore[call-arg]
 
 
 class WeakPairMap(Generic[Value]):
@@ -68,7 +68,12 @@ class WeakPairMap(Generic[Value]):
     def set(self, first: torch.Tensor, second: torch.Tensor, value: Value) -> None:
         """File ``value`` until either tensor dies; replaces what was filed under ``first``."""
         key = id(first)
-        self._entries[key] = (id(second), value, _Reference(first, self._callback, key), _Reference(second, self._callback, key))
+        self._entries[key] = (
+            id(second),
+            value,
+            _Reference(first, self._callback, key),
+            _Reference(second, self._callback, key),
+        )
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -12,20 +12,21 @@ import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
 from torch._guards import detect_fake_mode as detect_fake_mode  # side buffers' fakes must live in Dynamo's own mode
 from torch._inductor import config as inductor_config  # the entries that `options={"inductor": ...}` may name
 from torch._inductor import list_mode_options  # what Inductor itself turns a mode into
+from torch._inductor.custom_graph_pass import CustomGraphPass  # the only way to add to the key of Inductor's caches
+from torch._logging import trace_structured  # TORCH_TRACE has no public writer
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # to tell operators with hidden bodies from plain functions
 from torch._ops import OpOverload as OpOverload  # schemas say what an operator mutates
 from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true  # compares without guarding
-from torch._inductor.custom_graph_pass import CustomGraphPass  # the only way to add to the key of Inductor's caches
-from torch._logging import trace_structured  # TORCH_TRACE has no public writer
 
 from . import ops
 
@@ -40,12 +41,12 @@ def mode_patches(mode: str | None) -> dict[str, object]:
 
 def inductor_config_types() -> dict[str, type | None]:
     """Name of every entry of Inductor's config, with its type where ``isinstance`` can check it (else None)."""
-    types = {name: inductor_config.get_type(name) for name in inductor_config.get_config_copy()}
+    types = {name: inductor_config.get_type(name) for name in inductor_config.get_config_copy()}  # type: ignore[attr-defined]
     return {name: kind if typing.get_origin(kind) is None and isinstance(kind, type) else None for name, kind in types.items()}
 
 
 class PostGradPass(CustomGraphPass):
-    """Our entry in Inductor's ``post_grad_custom_post_pass``; its identity is part of the key of FxGraphCache and AOTAutogradCache.
+    """Our entry in Inductor's ``post_grad_custom_post_pass``; its identity is part of the key of its caches.
 
     Inductor hashes the graph, its own sources and its config, but not the source of lowerings and templates that another
     package registers: without this, an edited template would go on running its old code.
@@ -115,7 +116,7 @@ def passes_through_backends() -> tuple[type[BaseException], ...]:
     return (RestartAnalysis, SkipFrame)
 
 
-def compile_lock() -> threading.RLock:  # type: ignore[valid-type]
+def compile_lock() -> threading.RLock:
     """The lock under which Dynamo compiles: compiling on our own beside it is not thread-safe."""
     from torch._dynamo.convert_frame import compile_lock
 
@@ -155,8 +156,8 @@ def compile_function(
 ) -> GuardedGraph:
     """Compile a straight-line function of tensors with Inductor, without Dynamo.
 
-    ``torch.compile`` would do, but not from within a call of another compiled function: the user's ``recompile_limit``, stance and
-    ``torch._dynamo.reset()`` would reach in.
+    ``torch.compile`` would do, but not from within a call of another compiled function: the user's ``recompile_limit``, stance
+    and ``torch._dynamo.reset()`` would reach in.
 
     Args:
         function: traced by ``torch.fx.symbolic_trace``; returns a tuple of tensors.
@@ -177,12 +178,17 @@ def compile_function(
     fakes = []
     for node, arg, dims in zip(placeholders, args, dynamic_dims, strict=True):
         sizes = [DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC for dim in range(arg.dim())]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * arg.dim())
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+            dynamic_sizes=sizes, constraint_sizes=[None] * arg.dim()
+        )
         fake = mode.from_tensor(arg, symbolic_context=context, source=ConstantSource(f"alignedkv_{node.name}"))
         fakes.append(fake)
     # The caches check an entry's guards on the graph's SymInt inputs alone, so every symbol must be an input of its own.
     symbolic_sizes = tuple(
-        (index, dim) for index, dims in enumerate(dynamic_dims) for dim in dims if isinstance(fakes[index].shape[dim], torch.SymInt)
+        (index, dim)
+        for index, dims in enumerate(dynamic_dims)
+        for dim in dims
+        if isinstance(fakes[index].shape[dim], torch.SymInt)
     )
     sizes_first = [fakes[index].shape[dim] for index, dim in symbolic_sizes]
     with module.graph.inserting_before(placeholders[0]):
@@ -190,7 +196,7 @@ def compile_function(
     inputs: list[object] = [*sizes_first, *fakes]
     for node, example in zip([*size_nodes, *placeholders], inputs, strict=True):
         node.meta["example_value"] = example
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
     for node in module.graph.nodes:
         node.type = None  # annotations are strings here, which AOTAutogradCache cannot hash
     module.recompile()
@@ -220,5 +226,7 @@ def fresh_size(mode: FakeTensorMode, example: int, name: str) -> torch.SymInt:
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])  # type: ignore[arg-type]
-    return mode.from_tensor(torch.empty(example), symbolic_context=context, source=ConstantSource(name)).shape[0]
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None]
+    )
+    return mode.from_tensor(torch.empty(example), symbolic_context=context, source=ConstantSource(name)).shape[0]  # type: ignore[return-value]

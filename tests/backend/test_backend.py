@@ -101,7 +101,9 @@ def test_dynamic_steps_never_copy_the_cache_again(steps: Any) -> None:
     expected_keys, expected_values = keys, values
     addresses = []
     for _ in range(6):
-        query, key, value = (torch.randn(1, heads, 1, steps.head_dim) for heads in (steps.heads, steps.kv_heads, steps.kv_heads))
+        query, key, value = (
+            torch.randn(1, heads, 1, steps.head_dim) for heads in (steps.heads, steps.kv_heads, steps.kv_heads)
+        )
         expected, expected_keys, expected_values = steps.dynamic(query, key, value, expected_keys, expected_values)
         output, keys, values = compiled(query, key, value, keys, values)
         torch.testing.assert_close(output, expected, **FP32)
@@ -286,7 +288,11 @@ def test_threads_with_models_of_their_own(steps: Any) -> None:
 
 
 def test_the_number_of_cpu_threads_may_change(steps: Any) -> None:
-    compiled, inputs, count = compile_step(steps.static, tolerance=2.0, min_context=0), steps.inputs(96), torch.get_num_threads()
+    compiled, inputs, count = (
+        compile_step(steps.static, tolerance=2.0, min_context=0),
+        steps.inputs(96),
+        torch.get_num_threads(),
+    )
     try:
         for threads in (1, 2, 4, 1):
             torch.set_num_threads(threads)

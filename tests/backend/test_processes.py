@@ -70,7 +70,7 @@ def test_the_name_is_enough_and_caches_hit_until_an_option_or_a_template_changes
     assert "autograd_cache_hit" not in other_option
     assert other_option["fxgraph_cache_miss"] == 1
 
-    template = sorted((package / "lowering" / "templates").glob("*.jinja"))[0]
+    template = min((package / "lowering" / "templates").glob("*.jinja"))
     template.write_text(template.read_text() + "\n")
     edited, _ = run(cache, PYTHONPATH=path)
     assert "autograd_cache_hit" not in edited
@@ -83,7 +83,8 @@ def copy_of_the_package(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(alignedkv_compile.__file__).parent, package, ignore=ignore)
     for part in (lowering, passes):
-        shutil.copytree(Path(part.__file__).parent, package / part.__name__.rsplit(".", 1)[-1], ignore=ignore, dirs_exist_ok=True)
+        source = Path(str(part.__file__)).parent
+        shutil.copytree(source, package / source.name, ignore=ignore, dirs_exist_ok=True)
     return package
 
 
@@ -103,6 +104,7 @@ def test_the_entry_point_names_the_backend() -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, alignedkv_compile; print([m for m in ('transformers', 'rich', 'torch._inductor.compile_fx') if m in sys.modules])"
+    heavy = ("transformers", "rich", "torch._inductor.compile_fx")
+    code = f"import sys, alignedkv_compile; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -131,7 +131,19 @@ def test_a_fork_is_copied(buffers: AppendBuffers) -> None:
         lambda past: (past[0].view_as(past[0]), past[1]),
         lambda past: (past[0][:, :, :0], past[1][:, :, :0]),
     ],
-    ids=["crop", "reorder", "select", "clone", "deepcopy", "foreign value", "foreign key", "key edit", "value edit", "view", "empty"],
+    ids=[
+        "crop",
+        "reorder",
+        "select",
+        "clone",
+        "deepcopy",
+        "foreign value",
+        "foreign key",
+        "key edit",
+        "value edit",
+        "view",
+        "empty",
+    ],
 )
 def test_anything_else_is_copied(buffers: AppendBuffers, change: object) -> None:
     past, buffer = append(buffers, rows(5, batch=2), rows(1, batch=2))
