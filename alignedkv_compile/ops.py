@@ -30,10 +30,14 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()"
 )
-_library.define(
-    "aligned_read_attention(Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, SymInt length, "
-    "float scale, float tolerance, float unit_roundoff, int min_context, Tensor(a!)? counters, int site) -> Tensor"
+_ATTENTION_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, SymInt length, "
+    "float scale, float tolerance, float unit_roundoff, int min_context"
 )
+_library.define(f"aligned_read_attention({_ATTENTION_ARGUMENTS}) -> Tensor")
+_library.define(
+    f"aligned_read_attention.counted({_ATTENTION_ARGUMENTS}, Tensor(a!) counters, int site) -> Tensor"
+)  # an overload, so that the uncounted operator is functional
 
 quantize_on_write = torch.ops.alignedkv.quantize_on_write
 """Write the narrow planes of new cache rows, in place.
@@ -62,9 +66,9 @@ Args:
     tolerance: added rms error allowed, in units of the output's rounding error; 0 reads all bits.
     unit_roundoff: ``u`` of the dtype in whose rounding error the tolerance is measured (2**-8 for bf16, 2**-11 for fp16,
         2**-24 for fp32).
-    min_context: below this many live rows all bits are read.
-    counters: None, or int64 ``[sites, len(COUNTER_FIELDS)]``; row ``site`` is added to.
-    site: row of ``counters``.
+    min_context: with a shorter span from the first to the last attended row all bits are read.
+    counters: (overload ``counted``) int64 ``[sites, len(COUNTER_FIELDS)]``; row ``site`` is added to.
+    site: (overload ``counted``) row of ``counters``.
 
 Returns:
     ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``.
@@ -80,18 +84,10 @@ def _quantize_on_write_fake(
 
 @torch.library.register_fake(f"{NAMESPACE}::aligned_read_attention")
 def _aligned_read_attention_fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    planes: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    length: int,
-    scale: float,
-    tolerance: float,
-    unit_roundoff: float,
-    min_context: int,
-    counters: torch.Tensor | None,
-    site: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
 ) -> torch.Tensor:
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, _dim = query.shape
     return query.new_empty(batch, heads, rows, value.shape[-1])
+
+
+torch.library.register_fake(f"{NAMESPACE}::aligned_read_attention.counted")(_aligned_read_attention_fake)

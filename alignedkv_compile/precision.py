@@ -21,20 +21,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import sympy
+from sympy.codegen.ast import float32, real
 
 alpha, u, R, N, n, D, q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q s_K s_V p v b", positive=True)
-B, E, theta, S_half, m, left = sympy.symbols("B E theta S_half m left", positive=True)
-P_sK, P_sKv, P_sV = sympy.symbols("P_sK P_sKv P_sV", positive=True)
+B, E, left = sympy.symbols("B E left", positive=True)
+P_v, P_sK, P_sKv, P_sV = sympy.symbols("P_v P_sK P_sKv P_sV", positive=True)
 rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = sympy.symbols(
     "rows_K8 rows_K rows_V4 rows_V8 rows_V row_K row_V plane_K plane_V", positive=True
 )
 
 KAPPA = sympy.sqrt(1 / (8 * sympy.log(2)))
 """rms of a rounding error over ``u`` times the number's magnitude, for a mantissa that is log-uniform in [1, 2)."""
-
-SKIP_RESIDUAL = sympy.Rational(1, 40)
-"""Empirical (SmolLM2-135M, three texts): rows skipped in favour of their block's mean leave an error of about 0.025 times
-their mass times ``n``. This constant is measured, not derived."""
 
 QUERY_NOISE = 2
 """Variance factor of a score read at 8 bits: the query of the score pass is one int8 term, whose rounding error has about
@@ -55,13 +52,21 @@ def step(scale: sympy.Expr) -> sympy.Expr:
     return scale * 2 / 2**b
 
 
-def _query_noise(bits: sympy.Expr) -> sympy.Expr:
-    return sympy.Piecewise((QUERY_NOISE, sympy.Eq(bits, 8)), (1, True))
+score_noise = step(s_K) * q / sympy.sqrt(12)
+"""``sigma``, the rms error of a score whose K row is read at ``b`` bits."""
 
+x = sympy.Symbol("x", positive=True)
+weight_error_factor = sympy.horner(
+    1 + sympy.Rational(7, 4) * x + sympy.Rational(31, 24) * x**2 + sympy.Rational(127, 192) * x**3
+)
+"""A weight computed from a score with normal error ``sigma`` is off by ``p (e^delta - 1)``, whose mean square is
+``p^2 (e^(2 x) - 2 e^(x / 2) + 1) = p^2 x * factor`` with ``x = sigma^2``: this is the factor's series. It is near 1 for most
+rows, and keeps rows whose 4-bit scores say little from being trusted."""
 
-key_error_squared = p**2 * step(s_K) ** 2 * q**2 / 12 * _query_noise(b) * (v**2 + R**2)
-"""``eK^2``: squared error that one K row read at ``b`` bits adds to the output. The score error ``step * q / sqrt(12)`` moves the
-output by ``p * ||v_j - o||``, whose square is ``v^2 + R^2`` for a V row uncorrelated with the output."""
+key_error_squared = p**2 * score_noise**2 * sympy.Piecewise((QUERY_NOISE, sympy.Eq(b, 8)), (1, True)) * (v**2 + R**2)
+"""``eK^2`` to first order: squared error that one K row read at ``b`` bits adds to the output. A score error moves the output
+by ``p * ||v_j - o||``, whose square is ``v^2 + R^2`` for a V row uncorrelated with the output. At 4 bits it is multiplied by
+``weight_error_factor``; at 8 bits that factor is 1 within a percent."""
 
 value_error_squared = p**2 * step(s_V) ** 2 * D / 12
 """``eV^2``: squared error that one V row read at ``b`` bits adds to the output."""
@@ -82,23 +87,23 @@ threshold = sympy.Max(B**2 / E, B / sympy.sqrt(2 * N))
 remaining_budget = sympy.sqrt(sympy.Max(B**2 - left, B**2 / 4))
 """``B`` once the K rows left at 4 bits have spent ``left`` (a sum of squares)."""
 
-skip_mass = alpha * rho / (SKIP_RESIDUAL * n)
-"""``m``: softmax mass that may be answered by block means instead of V rows."""
-
-skip_threshold = sympy.Max(m / N, (m / S_half) ** 2)
-"""``tau``: rows with ``p <= tau`` have total mass at most ``m``, since ``sum p <= min(N tau, sqrt(tau) sum sqrt(p))``."""
+skip_threshold = sympy.Max(B**2 / (P_v + n), B / sympy.sqrt(N))
+"""``tau``: a V row answered by its block's mean instead of being read is an addend of error ``p max(v, n)``: it is off by
+``p ||v_j - mean||``, and the mean's norm is at most about ``n``. Rows with ``p max(v, n) <= tau`` stay within ``B`` for
+independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v``. (DESIGN's rule on the skipped mass, with its
+measured constant, let peaked attention skip single heavy rows.)"""
 
 predicted_bytes = rows_K8 * plane_K + rows_K * row_K + (rows_V4 + rows_V8) * plane_V + rows_V * row_V
 """Bytes to be read after the score pass, from row counts and bytes per row (``plane_*`` one 4-bit plane, ``row_*`` the cache)."""
 
 EXPRESSIONS: Mapping[str, sympy.Expr] = {
     "budget": budget,
+    "weight_error_factor": weight_error_factor,
     "key_coefficient": key_coefficient,
     "value_coefficient": value_coefficient,
     "addend_sum": addend_sum,
     "threshold": threshold,
     "remaining_budget": remaining_budget,
-    "skip_mass": skip_mass,
     "skip_threshold": skip_threshold,
     "predicted_bytes": predicted_bytes,
 }
@@ -152,6 +157,12 @@ def print_cpp_function(
     text = sympy.ccode(expression).replace("fmax(", "std::max<double>(")
     parameters = ", ".join(f"double {argument}" for argument in arguments)
     return f"static inline float {function}({parameters}) {{ return (float)({text}); }}"
+
+
+def print_cpp_vector_function(function: str, name: str, argument: str) -> str:
+    """A named formula of one symbol as a C++ function of a vector ``vf`` of floats."""
+    text = sympy.ccode(EXPRESSIONS[name], type_aliases={real: float32})
+    return f"static inline vf {function}(vf {argument}) {{ return {text}; }}"
 
 
 def _symbol(name: str) -> sympy.Symbol:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from . import ops
@@ -36,7 +37,7 @@ from .layout import (
     hadamard_blocks,
     padded_head_dim,
 )
-from .precision import STREAM_FRACTION, evaluate
+from .precision import EXPRESSIONS, STREAM_FRACTION, evaluate
 
 INT8_MAX = 127
 
@@ -140,14 +141,54 @@ def aligned_read_attention(
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
-    counters: torch.Tensor | None,
-    site: int,
 ) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.aligned_read_attention`."""
+    return _attention(
+        query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=ReadCounts()
+    )
+
+
+@torch.library.impl(f"{ops.NAMESPACE}::aligned_read_attention.counted", "CompositeExplicitAutograd")
+def aligned_read_attention_counted(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    length: int,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    counters: torch.Tensor,
+    site: int,
+) -> torch.Tensor:
+    """The same, adding what was read to row ``site`` of ``counters``."""
+    counts = ReadCounts()
+    output = _attention(
+        query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=counts
+    )
+    counts.add_to(counters, site)
+    return output
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    length: int,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    *,
+    counts: ReadCounts,
+) -> torch.Tensor:
     batch, query_heads, query_rows, _ = query.shape
     heads, value_dim = key.shape[1], value.shape[-1]
     group = query_heads // heads
-    counts = ReadCounts()
     aligned = planes is not None and tolerance > 0 and int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value)) if planes is not None and aligned else None
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
@@ -173,8 +214,6 @@ def aligned_read_attention(
         if result is None:
             result = _read_full(call, counts)
         output[b, selected] = result.view(group, query_rows, value_dim).to(output.dtype)
-    if counters is not None:
-        counts.add_to(counters, site)
     return output
 
 
@@ -285,16 +324,17 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     skippable, means = _block_means(call, views, head)
     kept = ~skippable & live
     common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": max(rms_value, 1e-30), "D": value_dim}
+    skip_errors = weights * value_norm.clamp_min(rms_value)
     for row in range(weights.shape[0]):
-        half_sum = max(float(weights[row].sqrt().sum()), 1e-30)
-        mass = evaluate("skip_mass", R=float(output_norm[row]), **common)
-        kept |= weights[row] > evaluate("skip_threshold", m=mass, S_half=half_sum, **common)
+        allowed = evaluate("budget", R=float(output_norm[row]), **common)
+        kept |= skip_errors[row] > evaluate("skip_threshold", B=allowed, P_v=float(weights[row] @ value_norm), **common)
     kept = (kept & live) | special_values
 
     # 2. those V rows at 4 bits give the output's norm, hence the threshold of every addend
     value_high = _dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
     value_high = torch.where(special_values[:, None], call.value.float(), value_high)
     coarse = weights[:, kept] @ value_high[kept] + _skipped_output(weights, kept, means)
+    coarse = torch.where(torch.isfinite(coarse), coarse, 0.0)  # a NaN in V spoils its own element, not the thresholds
     output_norm = torch.maximum(output_norm, coarse.norm(dim=-1))
     spread = (value_norm.square() + output_norm[:, None].square()).sqrt()
     key_4, key_8, addend_sums, budgets, thresholds = [], [], [], [], []
@@ -321,7 +361,7 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     key_addend, value_addend = weights * finite_key * spread, weights * finite_value
     theta = column(thresholds)
     plane_key, plane_value = padded_head_dim(key_dim) // 2, padded_head_dim(value_dim) // 2
-    key_errors = key_addend * column(key_4)
+    key_errors = weights * spread * _weight_error(finite_key * column(key_4))
     refined = (key_errors > theta).any(0) & ~special_keys
     full_guess = refined & (key_addend * column(key_8) > theta).any(0)
     predicted = evaluate(
@@ -389,6 +429,14 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     counts.bytes_read += int(middle_values.sum()) * plane_value
     counts.bytes_read += int((exact_values | special_values).sum()) * value_dim * element
     return result
+
+
+def _weight_error(sigma: torch.Tensor) -> torch.Tensor:
+    """rms error of a weight over the weight, from the rms error ``sigma`` of its score, elementwise."""
+    return sigma * torch.sqrt(_weight_error_factor(sigma.square()))
+
+
+_weight_error_factor = sympy.lambdify(sympy.Symbol("x", positive=True), EXPRESSIONS["weight_error_factor"], "math")
 
 
 def _dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -117,13 +117,13 @@ def _formulas(constants: Constants) -> str:
     }
     functions = [
         precision.print_cpp_function("error_budget", "budget", ("alpha", "R", "u")),
-        precision.print_cpp_function("skip_mass", "skip_mass", ("alpha", "R", "n", "u")),
-        precision.print_cpp_function("skip_threshold", "skip_threshold", ("N", "S_half", "m")),
+        precision.print_cpp_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
         precision.print_cpp_function(
             "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim}
         ),
         precision.print_cpp_function("threshold", "threshold", ("B", "E", "N")),
         precision.print_cpp_function("remaining_budget", "remaining_budget", ("B", "left")),
+        precision.print_cpp_vector_function("weight_error_factor", "weight_error_factor", "x"),
         precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4}),
         precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8}),
         precision.print_cpp_function(
@@ -150,8 +150,8 @@ def _lower(
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
-    counters: ir.TensorBox | None,
-    site: int,
+    counters: ir.TensorBox | None = None,
+    site: int = 0,
 ) -> ir.TensorBox:
     static = V.graph.sizevars.guard_int
     batch, query_heads, query_rows, key_dim = query.get_size()
@@ -183,5 +183,6 @@ def _lower(
 
 def register() -> None:
     """Register the lowering; harmless when repeated."""
-    if ops.aligned_read_attention.default not in lowerings:
-        register_lowering(ops.aligned_read_attention.default, type_promotion_kind=None)(_lower)
+    for overload in (ops.aligned_read_attention.default, ops.aligned_read_attention.counted):
+        if overload not in lowerings:
+            register_lowering(overload, type_promotion_kind=None)(_lower)

@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 import sympy
 import torch
+import torch._inductor.lowering  # first: Inductor's modules import each other in a circle
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
@@ -111,13 +112,13 @@ class Template(CppTemplate):  # type: ignore[misc]
         header = self.header()
         header.splice(
             """
-            #include <ATen/ATen.h>
             #include <omp.h>
             #include <algorithm>
             #include <cmath>
             #include <cstring>
             #include <limits>
             #include <optional>
+            #include <type_traits>
             #include <vector>
             #if defined(__x86_64__)
             #include <immintrin.h>

@@ -1,0 +1,183 @@
+"""Attention calls for the kernel tests, run through the reference, through generated C++, and in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from alignedkv_compile import arena, lowering, ops, precision
+from alignedkv_compile.layout import arena_layout
+from alignedkv_compile.lowering.isa import machine_isa
+from alignedkv_compile.options import UNIT_ROUNDOFF
+from alignedkv_compile.rebuild import post_grad_pass
+
+SUM_ERROR = 2.0**-21
+"""Relative error of a float32 attention over a few thousand rows, as a multiple of the rms of its addends: the summation-order
+budget between two paths that read the same numbers."""
+
+NATIVE_ISAS = {"avx512": ("avx512", "avx2", "portable"), "avx2": ("avx2", "portable"), "portable": ("portable",)}[machine_isa()]
+"""Instruction sets that this machine runs; AVX-512 is emulated where it is missing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: shapes, dtypes and options. ``mask`` is None or a ``[B|1, Hq|1, Q|1, T]`` tensor."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None = None
+    length: int | None = None
+    scale: float | None = None
+    tolerance: float = 2.0
+    unit_roundoff: float | None = None
+    min_context: int = 0
+
+    @property
+    def live(self) -> int:
+        return self.key.shape[2] if self.length is None else self.length
+
+    @property
+    def factor(self) -> float:
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def roundoff(self) -> float:
+        return UNIT_ROUNDOFF[self.key.dtype] if self.unit_roundoff is None else self.unit_roundoff
+
+    def arguments(self, planes: torch.Tensor | None) -> tuple[object, ...]:
+        return (
+            *(self.query, self.key, self.value, planes, self.mask, self.live),
+            *(self.factor, self.tolerance, self.roundoff, self.min_context),
+        )
+
+    def __repr__(self) -> str:
+        mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
+        shapes = tuple(self.query.shape), tuple(self.key.shape), self.value.shape[-1]
+        return f"Case({shapes}, {self.key.dtype}, mask={mask}, live={self.live}, tolerance={self.tolerance})"
+
+
+def make_case(
+    batch: int = 1,
+    heads: int = 2,
+    group: int = 3,
+    query_rows: int = 1,
+    rows: int = 700,
+    key_dim: int = 64,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    query_dtype: torch.dtype = torch.float32,
+    peak: float = 2.0,
+    seed: int = 0,
+    **fields: object,
+) -> Case:
+    """Normal K and V; ``peak`` scales the query, so that attention is flat (0) or dominated by few rows (above 4)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Case(
+        query=(normal(batch, heads * group, query_rows, key_dim) * peak).to(query_dtype),
+        key=normal(batch, heads, rows, key_dim).to(dtype),
+        value=(normal(batch, heads, rows, value_dim or key_dim) + 0.3).to(dtype),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def write_planes(case: Case, *, valid: bool = True) -> torch.Tensor:
+    """The arena of a case's caches, written by the reference."""
+    rows = case.key.shape[2]
+    planes = torch.zeros(arena_layout(case.key, case.value).total, dtype=torch.uint8)
+    ops.quantize_on_write(planes, case.key, case.value, torch.arange(rows), rows)
+    arena.mark(planes, valid=valid)
+    return planes
+
+
+def exact(case: Case) -> torch.Tensor:
+    """Plain attention in float64 on the same stored values; fully masked query rows give zeros."""
+    keys, values = case.key[:, :, : case.live].double(), case.value[:, :, : case.live].double()
+    group = case.query.shape[1] // keys.shape[1]
+    scores = case.query.double() @ keys.repeat_interleave(group, 1).mT * case.factor
+    if case.mask is not None:
+        mask = case.mask[..., : case.live]
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+    return weights @ values.repeat_interleave(group, 1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An operator's output and its counters by name."""
+
+    output: torch.Tensor
+    counts: dict[str, int]
+
+
+def _run(call: Callable[..., torch.Tensor], case: Case, planes: torch.Tensor | None) -> Result:
+    counters = torch.zeros(2, len(ops.COUNTER_FIELDS), dtype=torch.int64)
+    output = call(*case.arguments(planes), counters, 1)
+    assert not counters[0].any()
+    return Result(output, dict(zip(ops.COUNTER_FIELDS, counters[1].tolist(), strict=True)))
+
+
+def run_reference(case: Case, planes: torch.Tensor | None) -> Result:
+    return _run(ops.aligned_read_attention.counted, case, planes)
+
+
+@contextlib.contextmanager
+def keyed_caches() -> Iterator[None]:
+    """Inductor's caches keyed by our sources and instruction set, as the backend keys them."""
+    lowering.register()
+    keyed = torch._inductor.config.patch(post_grad_custom_post_pass=post_grad_pass("kernel tests"))
+    with keyed, torch._dynamo.config.patch(recompile_limit=256):
+        yield
+
+
+def run_kernel(case: Case, planes: torch.Tensor | None) -> Result:
+    """Through torch.compile and the C++ lowering; rows are symbolic, so that a shape's kernel is compiled once."""
+    for tensor, dims in ((case.key, (2,)), (case.value, (2,)), (case.mask, (3,)), (planes, (0,))):
+        for dim in dims:
+            if tensor is not None and tensor.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    with keyed_caches():
+        return _run(_compiled_attention(), case, planes)
+
+
+@functools.cache
+def _compiled_attention() -> Callable[..., torch.Tensor]:
+    def attention(*arguments: object) -> torch.Tensor:
+        return ops.aligned_read_attention.counted(*arguments)
+
+    return torch.compile(attention, fullgraph=True)
+
+
+def run_write(
+    planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int
+) -> None:
+    """quantize_on_write through torch.compile and the C++ lowering."""
+    with keyed_caches():
+        torch.compile(_write, fullgraph=True)(planes, key, value, positions, capacity)
+
+
+def _write(*arguments: object) -> None:
+    ops.quantize_on_write.default(*arguments)
+
+
+def relative_errors(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Norm of the error of each output row over the norm of the expected row, flattened."""
+    return ((output.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).flatten()
+
+
+def added_error_in_rho(case: Case, output: torch.Tensor) -> torch.Tensor:
+    """Errors in units of the rounding error that the accuracy dtype makes on each output row: what tolerance bounds in rms."""
+    return relative_errors(output, exact(case)) / (float(precision.KAPPA) * case.roundoff)
+
+
+def without_planes(case: Case) -> Case:
+    return replace(case, tolerance=0.0)

@@ -1,0 +1,32 @@
+"""Forcing an instruction set on the generated C++."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignedkv_compile import lowering
+from alignedkv_compile.lowering.cpp_kernel import Template
+from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE
+from cases import NATIVE_ISAS
+
+EMULATION = Path(__file__).parent / "avx512_emulation.h"
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels are generated for this instruction set; AVX-512 is emulated on a machine without it."""
+    name: str = request.param
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
+    if name not in NATIVE_ISAS:
+        if name != "avx512":
+            pytest.skip(f"this machine has no {name}, and nothing here emulates it")
+        native, native_hash = Template.includes, lowering.source_hash
+        monkeypatch.setattr(Template, "includes", lambda self: native(self) + EMULATION.read_text())
+        monkeypatch.setattr(lowering, "source_hash", lambda: native_hash() + EMULATION.read_bytes())
+    torch._dynamo.reset()
+    yield name
+    torch._dynamo.reset()
