@@ -138,5 +138,5 @@ def _with_capacity(past: torch.Tensor, capacity: int) -> torch.Tensor:
     return buffer
 
 
-APPEND_BUFFERS = AppendBuffers()
+APPEND_BUFFERS: AppendBuffers = AppendBuffers()
 """The process's buffers: the graphs of different query lengths continue each other's."""

@@ -1,7 +1,7 @@
 """Typed views of a plane arena's sections, and the packing of codes into nibbles, in eager torch.
 
-The kernels address the arena by the byte offsets of :mod:`alignedkv_compile.layout`; the reference, the tests and the state reach
-the same bytes through these views.
+The kernels address the arena by the byte offsets of :mod:`alignedkv_compile.layout`; the reference, the tests and the state
+reach the same bytes through these views.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def unpack_score_order(packed: torch.Tensor) -> torch.Tensor:
 
 
 def pack_value_scale(scale: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """float32 scales and norms to int32: the scale rounded *up* to bfloat16 in the high half, the norm to nearest in the low."""
+    """float32 scales and norms to int32: the scale rounded *up* to bfloat16 (high half), the norm to nearest (low half)."""
     bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     high = torch.where(torch.isfinite(scale), (bits + 0xFFFF) >> 16, bits >> 16 | torch.isnan(scale).to(torch.int64) << 6)
     low = norm.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF

@@ -23,8 +23,8 @@ elements. *Score order*: groups of 16 tokens; inside a group, for each run ``g``
 bytes ``4t..4t+3`` hold elements ``8g..8g+3`` in the low and ``8g+4..8g+7`` in the high nibbles. A 64-byte load then feeds
 int8 dot products that leave one sum per token, with no horizontal addition.
 
-The 16-bit code that the planes are cut from is ``X = clamp(floor(Hx * 32768 / scale + 4096 * dither), int16)``; a plane stores a nibble
-of ``X + 32768``, so nibbles are unsigned everywhere.
+The 16-bit code that the planes are cut from is ``X = clamp(floor(Hx * 32768 / scale + 4096 * dither), int16)``; a plane stores
+a nibble of ``X + 32768``, so nibbles are unsigned everywhere.
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ that streams the cache in its own dtype would read."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_library.define(
-    "quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()"
-)
+_library.define("quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()")
 _ATTENTION_ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, SymInt length, "
     "float scale, float tolerance, float unit_roundoff, int min_context"
@@ -83,9 +81,7 @@ def _quantize_on_write_fake(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::aligned_read_attention")
-def _aligned_read_attention_fake(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
-) -> torch.Tensor:
+def _aligned_read_attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     batch, heads, rows, _dim = query.shape
     return query.new_empty(batch, heads, rows, value.shape[-1])
 

@@ -1,8 +1,8 @@
 """The error model and the read policy: every formula once, in sympy.
 
-The reference evaluates these expressions through :func:`evaluate`; generated C++ gets them through :func:`print_cpp_function`. Notation and
-units follow DESIGN section 4 (after AlignedKV, arXiv 2409.16546): an addend of the attention sum is one cache row's contribution,
-and it is read at the fewest bits whose rounding error stays below a threshold ``theta`` that is the same for all addends.
+The reference evaluates these expressions through :func:`evaluate`; generated C++ gets them through :func:`print_cpp_function`.
+The principle is AlignedKV's (arXiv 2409.16546), docs/policy.md explains it: an addend of the attention sum is one cache row's
+contribution, and it is read at the fewest bits whose rounding error stays below a threshold ``theta``, the same for all.
 
 Symbols (all positive):
 
@@ -94,7 +94,7 @@ independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v`
 measured constant, let peaked attention skip single heavy rows.)"""
 
 predicted_bytes = rows_K8 * plane_K + rows_K * row_K + (rows_V4 + rows_V8) * plane_V + rows_V * row_V
-"""Bytes to be read after the score pass, from row counts and bytes per row (``plane_*`` one 4-bit plane, ``row_*`` the cache)."""
+"""Bytes to be read after the score pass: row counts times bytes per row (``plane_*`` one 4-bit plane, ``row_*`` the cache)."""
 
 EXPRESSIONS: Mapping[str, sympy.Expr] = {
     "budget": budget,
@@ -134,9 +134,7 @@ def evaluate(name: str, **values: float) -> float:
         return math.inf
 
 
-def print_cpp_function(
-    function: str, name: str, arguments: Sequence[str], constants: Mapping[str, float] | None = None
-) -> str:
+def print_cpp_function(function: str, name: str, arguments: Sequence[str], constants: Mapping[str, float] | None = None) -> str:
     """A named formula as a C++ function from floats to float, evaluated in double.
 
     Args:

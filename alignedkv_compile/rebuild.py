@@ -79,5 +79,5 @@ def _shape_but_rows(tensor: torch.Tensor) -> tuple[int, ...]:
     return (*tensor.shape[:2], *tensor.shape[3:])
 
 
-PLANE_BUILDER = PlaneBuilder()
+PLANE_BUILDER: PlaneBuilder = PlaneBuilder()
 """The process's compiled rebuilds."""

@@ -25,8 +25,8 @@ from .arena import (
 )
 from .layout import (
     BLOCK_ROWS,
-    CODE_RANGE,
     COARSE_STEP,
+    CODE_RANGE,
     DITHER_MULTIPLIER,
     HEADROOM,
     MIDDLE_STEP,
@@ -165,9 +165,7 @@ def aligned_read_attention_counted(
 ) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     counts = ReadCounts()
-    output = _attention(
-        query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=counts
-    )
+    output = _attention(query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=counts)
     counts.add_to(counters, site)
     return output
 
@@ -447,7 +445,7 @@ def _dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -
 def _block_means(call: _HeadCall, views: ArenaViews, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows ``[T]`` lie in a block whose mean may stand in for them, and the means ``[blocks, Dv]``.
 
-    A block qualifies when it is complete and every query row attends to all of it, so that a masked row is never part of a mean.
+    A block qualifies when it is complete and every query row attends to all of it: a masked row is never part of a mean.
     """
     length = call.attended.shape[-1]
     blocks = views.value_count.shape[-1]

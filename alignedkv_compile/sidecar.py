@@ -182,5 +182,5 @@ class SidecarStore:
             _log.warning("%s", history.stale_reason, exc_info=True)
 
 
-SIDECARS = SidecarStore()
+SIDECARS: SidecarStore = SidecarStore()
 """The process's store: the graphs of prefill and decode, and of any other model over the same cache, find the same planes."""

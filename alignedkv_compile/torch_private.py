@@ -28,8 +28,6 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true  # compares without guarding
 
-from . import ops
-
 CompiledGraph = Callable[..., Sequence[object]]
 """What Inductor makes of a graph: called with the graph's inputs, returns its outputs."""
 
@@ -51,8 +49,7 @@ class PostGradPass(CustomGraphPass):
     Inductor hashes the graph, its own sources and its config, but not the source of lowerings and templates that another
     package registers: without this, an edited template would go on running its old code.
 
-    The pass itself only turns operators that could mutate an optional argument, but got None for it, back into plain
-    calls. Inductor would do that with a ``getitem`` left over that it cannot lower.
+    The pass itself changes nothing.
 
     Args:
         parts: bytes to hash (sources of the lowerings, options, versions).
@@ -68,20 +65,7 @@ class PostGradPass(CustomGraphPass):
         return self._uuid
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2  # how AOTAutograd wraps mutation
-
-        for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
-            operator, mutated = node.args[0], node.kwargs["_all_bases"]
-            if mutated or operator.namespace != ops.NAMESPACE:
-                continue
-            kwargs = {argument.name: node.kwargs.get(argument.name) for argument in operator._schema.arguments}
-            with graph.inserting_before(node):
-                call = graph.call_function(operator, kwargs=kwargs)
-            for output in list(node.users):
-                call.meta.update(output.meta)
-                output.replace_all_uses_with(call)
-                graph.erase_node(output)
-            graph.erase_node(node)
+        """Leaves the graph as it is."""
 
 
 def compile_graph(

@@ -13,7 +13,7 @@ from torch._inductor.virtualized import V
 
 from .. import layout, ops, precision
 from .arena_text import arena_header
-from .cpp_kernel import Kernel, Template, emit, realize, render
+from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
 from .isa import chosen_isa
 
 MAX_THREADS = 256
@@ -46,7 +46,7 @@ class AlignedReadAttention(Template):
 
     def source(self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer) -> str:
         constants = self.constants
-        query, key, value, mask = (nodes.get(name) for name in ("query", "key", "value", "mask"))
+        query, key, value, mask = nodes["query"], nodes["key"], nodes["value"], nodes.get("mask")
         mask_strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
         sizes = [*key.get_size()[:3], constants.length, *query.get_stride(), *key.get_stride()[:3]]
         sizes += [*value.get_stride()[:3], *mask_strides]
@@ -112,9 +112,7 @@ def _mask_floor(mask: ir.Buffer | None) -> str:
 
 def _formulas(constants: Constants) -> str:
     """The error model as C++ functions and constants."""
-    value_coefficient = {
-        bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)
-    }
+    value_coefficient = {bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)}
     functions = [
         precision.print_cpp_function("error_budget", "budget", ("alpha", "R", "u")),
         precision.print_cpp_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
@@ -131,7 +129,8 @@ def _formulas(constants: Constants) -> str:
             "predicted_bytes",
             ("plane_K", "plane_V", "row_K", "row_V", "rows_K", "rows_K8", "rows_V", "rows_V4", "rows_V8"),
         ),
-        f"constexpr float VALUE_COEFFICIENT_4 = {value_coefficient[4]:.9e}f, VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
+        f"constexpr float VALUE_COEFFICIENT_4 = {value_coefficient[4]:.9e}f;",
+        f"constexpr float VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
         f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
         f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
         f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",
@@ -177,7 +176,7 @@ def _lower(
         inputs["counters"] = realize(counters, contiguous_last=False)
     size = [batch, query_heads, query_rows, sympy.Integer(value_dim)]
     strides = ir.FlexibleLayout.contiguous_strides(size)
-    output = ir.FixedLayout(query.get_device(), query.get_dtype(), size, strides)
+    output = ir.FixedLayout(device_of(query), query.get_dtype(), size, strides)
     return emit(AlignedReadAttention(inputs, output, constants))
 
 

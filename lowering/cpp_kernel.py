@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import jinja2
 import sympy
@@ -34,7 +35,7 @@ def render(template: str, **values: object) -> str:
     return _templates.get_template(template).render(**values)
 
 
-class Kernel(CppTemplateKernel):  # type: ignore[misc]
+class Kernel(CppTemplateKernel):
     """A kernel whose size arguments are named by their order (``size_0``), not by their symbols (``ks53``)."""
 
     def define(self, inputs: Mapping[str, ir.Buffer], outputs: Mapping[str, ir.Buffer], sizes: Sequence[sympy.Expr]) -> str:
@@ -42,7 +43,7 @@ class Kernel(CppTemplateKernel):  # type: ignore[misc]
         definition = self.def_kernel(inputs=dict(inputs), outputs=dict(outputs), extra_sizevars=list(sizes))
         symbols = [s for size in sizes for s in sorted(sympy.sympify(size).free_symbols, key=str)]
         order = list(dict.fromkeys([*symbols, *self.args.sizevars]))
-        known = {symbol for symbol in self.args.sizevars}
+        known = set(self.args.sizevars)
         self.args.sizevars.clear()
         for symbol in order:
             if symbol in known:
@@ -58,7 +59,7 @@ class Kernel(CppTemplateKernel):  # type: ignore[misc]
         return str(cexpr_index(self.rename_indexing(sympy.sympify(size))))
 
 
-class Template(CppTemplate):  # type: ignore[misc]
+class Template(CppTemplate):
     """Base of the operators' templates: named inputs, some of them mutated, and an output or none.
 
     Args:
@@ -88,7 +89,8 @@ class Template(CppTemplate):  # type: ignore[misc]
     ) -> str:
         if epilogue_nodes:
             raise AssertionError("epilogues are switched off for these kernels")
-        return self.source(kernel, dict(zip(self.names, template_buffer_node.inputs, strict=True)), template_buffer_node)
+        buffers = cast(Sequence[ir.Buffer], template_buffer_node.inputs)
+        return self.source(kernel, dict(zip(self.names, buffers, strict=True)), template_buffer_node)
 
     def definition(
         self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer, sizes: Sequence[sympy.Expr]
@@ -96,7 +98,8 @@ class Template(CppTemplate):  # type: ignore[misc]
         """The function's head, and lines that name again what Inductor passes once (one tensor under two names)."""
         first: dict[str, str] = {}
         aliases = []
-        inputs, outputs = {}, {}
+        inputs: dict[str, ir.Buffer] = {}
+        outputs: dict[str, ir.Buffer] = {}
         for name, node in nodes.items():
             if node.get_name() in first:
                 aliases.append(f"  auto* {name} = {first[node.get_name()]};")
@@ -128,7 +131,7 @@ class Template(CppTemplate):  # type: ignore[misc]
         return str(header.getvalue())
 
 
-class TemplateBuffer(ir.CppTemplateBuffer):  # type: ignore[misc]
+class TemplateBuffer(ir.CppTemplateBuffer):
     """A ``CppTemplateBuffer`` that declares which inputs its kernel mutates."""
 
     def __init__(self, template: Template, inputs: Sequence[ir.IRNode], mutated: Sequence[ir.IRNode]) -> None:
@@ -138,13 +141,11 @@ class TemplateBuffer(ir.CppTemplateBuffer):  # type: ignore[misc]
             epilogue_nodes: Sequence[ir.IRNode] | None = None,
         ) -> tuple[Kernel, functools.partial[str]]:
             kernel = Kernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=template.num_threads)
-            return kernel, functools.partial(
-                kernel.render, template, template_buffer_node=node, epilogue_nodes=epilogue_nodes
-            )
+            return kernel, functools.partial(kernel.render, template, template_buffer_node=node, epilogue_nodes=epilogue_nodes)
 
-        super().__init__(template.layout, inputs, make_kernel_render, template, None)
+        super().__init__(template.layout, inputs, make_kernel_render, template, None)  # type: ignore[arg-type]
         self.mutated_inputs = list(mutated)
-        device = self.inputs[0].get_device()
+        device = template.layout.device
         self.mutation_outputs = [
             ir.MutationOutput(ir.NoneLayout(device=device), buffer, self) for buffer in self.mutated_inputs
         ]
@@ -167,6 +168,14 @@ def realize(node: ir.IRNode, *, contiguous_last: bool = True) -> ir.IRNode:
     return ir.ExternKernel.require_stride1(realized) if contiguous_last else realized
 
 
-def dummy_layout(device: torch.device) -> ir.FixedLayout:
-    """Layout of the output that Inductor wants even from a kernel that only mutates."""
-    return ir.FixedLayout(device, torch.int32, [1], [1])
+def device_of(node: ir.IRNode) -> torch.device:
+    """The device of a tensor in the graph."""
+    device = node.get_device()
+    if device is None:
+        raise AssertionError(f"{node} is no tensor")
+    return device
+
+
+def dummy_layout(node: ir.IRNode) -> ir.FixedLayout:
+    """Layout, on the device of ``node``, of the output that Inductor wants even from a kernel that only mutates."""
+    return ir.FixedLayout(device_of(node), torch.int32, [1], [1])

@@ -21,7 +21,7 @@ class QuantizeOnWrite(Template):
     has_output = False
 
     def __init__(self, inputs: Mapping[str, ir.IRNode], capacity: sympy.Expr, key_dim: int, value_dim: int) -> None:
-        super().__init__("quantize_on_write", inputs, ["planes"], dummy_layout(inputs["planes"].get_device()))
+        super().__init__("quantize_on_write", inputs, ["planes"], dummy_layout(inputs["planes"]))
         self.capacity, self.key_dim, self.value_dim = capacity, key_dim, value_dim
 
     def source(self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer) -> str:
@@ -49,9 +49,7 @@ class QuantizeOnWrite(Template):
         )
 
 
-def _lower(
-    planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positions: ir.TensorBox, capacity: sympy.Expr
-) -> None:
+def _lower(planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positions: ir.TensorBox, capacity: sympy.Expr) -> None:
     static = V.graph.sizevars.guard_int
     key_dim, value_dim = static(key.get_size()[3]), static(value.get_size()[3])
     inputs = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from torch.fx import Node
 
@@ -10,6 +11,9 @@ from .nodes import operation, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Outcome, Pairing, SiteReport
 
 log = logging.getLogger("alignedkv_compile.passes")
+
+_SYMBOL = re.compile(r"\bs\d+\b")
+"""Each layer's cache has a size symbol of its own; the report calls them all ``n``, so that equal layers read alike."""
 
 
 def report_sites(pairing: Pairing) -> tuple[SiteReport, ...]:
@@ -51,7 +55,7 @@ def _declined_line(site: DeclinedSite) -> SiteReport:
 
 def _shape(node: object) -> str:
     tensor = tensor_of(node)
-    return "?" if tensor is None else "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+    return "?" if tensor is None else "[" + ", ".join(_SYMBOL.sub("n", str(size)) for size in tensor.shape) + "]"
 
 
 def _where(node: Node) -> str:

@@ -157,9 +157,7 @@ def _compiled_attention() -> Callable[..., torch.Tensor]:
     return torch.compile(attention, fullgraph=True)
 
 
-def run_write(
-    planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int
-) -> None:
+def run_write(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int) -> None:
     """quantize_on_write through torch.compile and the C++ lowering."""
     with keyed_caches():
         torch.compile(_write, fullgraph=True)(planes, key, value, positions, capacity)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import NATIVE_ISAS
 
 from alignedkv_compile import lowering
 from alignedkv_compile.lowering.cpp_kernel import Template
 from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE
-from cases import NATIVE_ISAS
 
 EMULATION = Path(__file__).parent / "avx512_emulation.h"
 

@@ -6,11 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from alignedkv_compile import ops
-from alignedkv_compile.layout import BLOCK_ROWS
 from cases import (
     SUM_ERROR,
     Case,
@@ -23,6 +18,11 @@ from cases import (
     without_planes,
     write_planes,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignedkv_compile import ops
+from alignedkv_compile.layout import BLOCK_ROWS
 
 FLIP_BUDGET = 0.25
 """Kernel and reference may disagree on rows that sit on a threshold. Each such row moves the output by at most theta, which
@@ -42,11 +42,11 @@ def check_counts(kernel: dict[str, int], expected: dict[str, int]) -> None:
 
 
 SHAPES = [
-    dict(group=3, key_dim=64),
-    dict(group=1, heads=1, key_dim=128, rows=1500, dtype=torch.float16),
-    dict(group=4, key_dim=80, value_dim=48, query_rows=4, batch=2, peak=6.0),
-    dict(group=5, key_dim=21, value_dim=9, dtype=torch.float32, unit_roundoff=2.0**-8, peak=4.0),
-    dict(group=2, key_dim=96, query_rows=16, query_dtype=torch.bfloat16, rows=640, peak=8.0, tolerance=4.0),
+    {"group": 3, "key_dim": 64},
+    {"group": 1, "heads": 1, "key_dim": 128, "rows": 1500, "dtype": torch.float16},
+    {"group": 4, "key_dim": 80, "value_dim": 48, "query_rows": 4, "batch": 2, "peak": 6.0},
+    {"group": 5, "key_dim": 21, "value_dim": 9, "dtype": torch.float32, "unit_roundoff": 2.0**-8, "peak": 4.0},
+    {"group": 2, "key_dim": 96, "query_rows": 16, "query_dtype": torch.bfloat16, "rows": 640, "peak": 8.0, "tolerance": 4.0},
 ]
 
 
@@ -71,7 +71,8 @@ def test_kernel_agrees_with_the_reference(isa: str, shape: dict[str, object]) ->
     assert relative_errors(kernel.output, expected.output.double()).max() <= agreement_budget(case) + rounding
     check_counts(kernel.counts, expected.counts)
     assert kernel.counts["key_rows_mid"] > kernel.counts["key_rows_full"] > 0
-    assert kernel.output.is_contiguous() and kernel.output.dtype == case.query.dtype
+    assert kernel.output.is_contiguous()
+    assert kernel.output.dtype == case.query.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -244,9 +245,7 @@ def test_strided_operands() -> None:
     mask_rate=st.sampled_from([None, 0.02, 0.5, 0.98]),
     special=st.sampled_from(["none", "repeated rows", "sink", "outlier channel", "zeros", "tiny", "huge"]),
 )
-def test_any_values(
-    rows: int, peak: float, tolerance: float, seed: int, mask_rate: float | None, special: str
-) -> None:
+def test_any_values(rows: int, peak: float, tolerance: float, seed: int, mask_rate: float | None, special: str) -> None:
     """Kernel and reference agree, and both stay within a few budgets of float64 in every single output row."""
     mask = None
     if mask_rate is not None:
@@ -271,7 +270,8 @@ def test_any_values(
     planes = write_planes(case)
     kernel, expected = run_kernel(case, planes), run_reference(case, planes)
     if special == "zeros":
-        assert not kernel.output.any() and not expected.output.any()
+        assert not kernel.output.any()
+        assert not expected.output.any()
         return
     assert relative_errors(kernel.output, expected.output.double()).max() <= 4 * agreement_budget(case)
     assert added_error_in_rho(case, kernel.output).max() <= 6 * tolerance + 1

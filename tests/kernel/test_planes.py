@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case, make_case, run_write, write_planes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alignedkv_compile import arena, reference
 from alignedkv_compile.arena import arena_views
-from alignedkv_compile.layout import BLOCK_ROWS, CODE_RANGE, COARSE_STEP, MIDDLE_STEP, ArenaLayout, arena_layout, hadamard_blocks
-from cases import Case, make_case, run_write, write_planes
+from alignedkv_compile.layout import (
+    BLOCK_ROWS,
+    COARSE_STEP,
+    CODE_RANGE,
+    MIDDLE_STEP,
+    ArenaLayout,
+    arena_layout,
+    hadamard_blocks,
+)
 
 SHAPES = [(64, 64, torch.bfloat16), (80, 48, torch.float16), (128, 128, torch.float32), (21, 9, torch.bfloat16)]
 
@@ -124,7 +132,8 @@ def test_packing_round_trips(groups: int, half: int, seed: int) -> None:
 def test_value_scales_round_up_to_bfloat16(numbers: list[float]) -> None:
     scale = torch.tensor(numbers, dtype=torch.float32)
     stored, norm = arena.unpack_value_scale(arena.pack_value_scale(scale, scale))
-    assert (stored >= scale).all() and (stored <= scale * (1 + 2**-7) + 1e-37).all()
+    assert (stored >= scale).all()
+    assert (stored <= scale * (1 + 2**-7) + 1e-37).all()
     assert torch.equal(norm, scale.bfloat16().float())
 
 
