@@ -40,6 +40,9 @@ the variance of the 8-bit key's. At 4 bits the key's own error is 256 times as l
 STREAM_FRACTION = sympy.Rational(9, 10)
 """When the predicted bytes exceed this fraction of the cache's own, the cache is streamed in full instead."""
 
+NORM_RANGE = (1e-15, 1e15)
+"""When the rms norm of the V rows lies outside, squares of errors leave the range of float32, and the cache is streamed."""
+
 rho = KAPPA * u * R
 """rms rounding error of the output in its own dtype."""
 

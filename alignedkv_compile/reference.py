@@ -37,7 +37,7 @@ from .layout import (
     hadamard_blocks,
     padded_head_dim,
 )
-from .precision import EXPRESSIONS, STREAM_FRACTION, evaluate
+from .precision import EXPRESSIONS, NORM_RANGE, STREAM_FRACTION, evaluate
 
 INT8_MAX = 127
 
@@ -316,12 +316,14 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     # statistics of the weights, and which V rows a block mean may answer for
     norm = mixed.norm(dim=-1) * call.scale
     rms_value = float((value_norm.square().sum() / live_rows).sqrt())
+    if not NORM_RANGE[0] <= rms_value <= NORM_RANGE[1]:
+        return None
     output_norm = (weights * value_norm).square().sum(-1).sqrt()
     finite_key = torch.where(torch.isfinite(key_scale) & live, key_scale, 0.0)
     finite_value = torch.where(torch.isfinite(value_scale) & live, value_scale, 0.0)
     skippable, means = _block_means(call, views, head)
     kept = ~skippable & live
-    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": max(rms_value, 1e-30), "D": value_dim}
+    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms_value, "D": value_dim}
     skip_errors = weights * value_norm.clamp_min(rms_value)
     for row in range(weights.shape[0]):
         allowed = evaluate("budget", R=float(output_norm[row]), **common)

@@ -133,6 +133,7 @@ def _formulas(constants: Constants) -> str:
         f"constexpr float VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
         f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
         f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
+        f"constexpr float MIN_NORM = {precision.NORM_RANGE[0]:.9e}f, MAX_NORM = {precision.NORM_RANGE[1]:.9e}f;",
         f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",
     ]
     return "\n".join(functions)
