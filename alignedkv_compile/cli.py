@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .demo.console import open_console
+
 app = typer.Typer(
     help="Precision-aligned KV cache for torch.compile: torch.compile(model, backend='alignedkv').",
     no_args_is_help=True,
@@ -57,7 +59,7 @@ def demo(
         tolerance=tolerance,
         threads=threads,
     )
-    console = Console()
+    console = open_console()
     try:
         result = run(settings, console)
     except DemoUnavailableError as error:

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
 from alignedkv_compile.ops import COUNTER_FIELDS
 from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, effective_keys, exact_attention, synthetic
@@ -272,7 +273,7 @@ def main(
     """Time the attention operator alone, in turns with stock attention. Run on an otherwise idle machine."""
     if threads is not None:
         torch.set_num_threads(threads)
-    console = Console()
+    console = open_console()
     plan = Plan(
         rounds=rounds,
         burst_ms=burst_ms,

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.document import long_document
 from alignedkv_compile.demo.model import DemoUnavailableError, load_smollm2
 from alignedkv_compile.demo.prefill import prefill
@@ -67,7 +68,7 @@ def main(
     """Capture one decode step of SmolLM2-135M over Python's library sources."""
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}")
-    console = Console()
+    console = open_console()
     try:
         loaded = load_smollm2(DTYPES[dtype])
         document = long_document(loaded.tokenizer, context)

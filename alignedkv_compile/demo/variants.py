@@ -32,6 +32,7 @@ class Variant:
     @torch.no_grad()
     def decode(self, token: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits ``[1, vocabulary]`` of the token after ``token [1, 1]``; ``cache`` grows by one row."""
+        token = token.new_tensor(token.tolist())  # a slice of the document has other strides, for which Dynamo recompiles
         logits: torch.Tensor = self.call(input_ids=token, past_key_values=cache).logits
         return logits[:, -1]
 
