@@ -93,8 +93,8 @@ remaining_budget = sympy.sqrt(sympy.Max(B**2 - left, B**2 / 4))
 skip_threshold = sympy.Max(B**2 / (P_v + n), B / sympy.sqrt(N))
 """``tau``: a V row answered by its block's mean instead of being read is an addend of error ``p max(v, n)``: it is off by
 ``p ||v_j - mean||``, and the mean's norm is at most about ``n``. Rows with ``p max(v, n) <= tau`` stay within ``B`` for
-independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v``. (DESIGN's rule on the skipped mass, with its
-measured constant, let peaked attention skip single heavy rows.)"""
+independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v``. (A rule on the skipped mass
+with a measured constant would let peaked attention skip single heavy rows.)"""
 
 predicted_bytes = rows_K8 * plane_K + rows_K * row_K + (rows_V4 + rows_V8) * plane_V + rows_V * row_V
 """Bytes to be read after the score pass: row counts times bytes per row (``plane_*`` one 4-bit plane, ``row_*`` the cache)."""

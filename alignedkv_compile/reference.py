@@ -289,7 +289,7 @@ def _read_full(call: _HeadCall, counts: ReadCounts) -> torch.Tensor:
 
 
 def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCounts) -> torch.Tensor | None:
-    """The read policy of DESIGN section 4 for one KV head; None when streaming everything is cheaper."""
+    """The read policy of docs/policy.md for one KV head; None when streaming everything is cheaper."""
     length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
     live = call.attended.any(0)
     live_rows = int(live.sum())
