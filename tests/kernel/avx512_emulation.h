@@ -25,7 +25,6 @@ static inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return join<__m512>(x);
 }
 static inline __m512 max_ps(__m512 a, __m512 b) { return zip<float>(a, b, [](float x, float y) { return x > y ? x : y; }); }
-static inline __m512 sqrt_ps(__m512 a) { return map<float>(a, [](float x) { return std::sqrt(x); }); }
 static inline float reduce_add_ps(__m512 a) {
   auto x = split<float>(a);
   for (int step = 8; step; step /= 2)
@@ -82,7 +81,6 @@ static inline __m512i dpbusd_epi32(__m512i acc, __m512i unsigned_bytes, __m512i 
 }  // namespace emulated
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_max_ps emulated::max_ps
-#define _mm512_sqrt_ps emulated::sqrt_ps
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_movepi32_mask emulated::movepi32_mask
 #define _mm512_movm_epi32 emulated::movm_epi32
