@@ -387,7 +387,7 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
 
     # 3. K rows above the threshold: the middle plane, then the row itself
     middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float() - 7.5
-    correction = mixed @ middle.T * (call.scale * MIDDLE_STEP / CODE_RANGE) * key_scale
+    correction = (query_int8 * query_step) @ middle.T * (call.scale * MIDDLE_STEP / CODE_RANGE) * key_scale
     scores = torch.where(refined, scores + correction, scores)
     weights = _softmax(scores)
     for row in range(weights.shape[0]):

@@ -56,7 +56,8 @@ class AlignedReadAttention(Template):
         text = kernel.size_expression
         isa = chosen_isa()
         has_planes = "planes" in nodes
-        shared = {"layout": layout, "isa": isa, "max_threads": MAX_THREADS}
+        mask_type = kernel.dtype(mask) if mask is not None else None
+        shared = {"layout": layout, "isa": isa, "max_threads": MAX_THREADS, "mask_type": mask_type}
         common = render(
             "attention_common.h.jinja",
             query_type=kernel.dtype(query),
@@ -64,7 +65,7 @@ class AlignedReadAttention(Template):
             group=constants.group,
             query_rows=constants.query_rows,
             scale=f"{constants.scale:.9e}f",
-            mask_type=kernel.dtype(mask) if mask is not None else None,
+            mask_type=mask_type,
             mask_floor=_mask_floor(mask),
             mask_shared=mask_strides[1] == 0,
         )
@@ -81,7 +82,6 @@ class AlignedReadAttention(Template):
             has_planes=has_planes,
             has_counters="counters" in nodes,
             counter_fields=len(ops.COUNTER_FIELDS),
-            mask_type=kernel.dtype(mask) if mask is not None else None,
             batch=text(key.get_size()[0]),
             heads=text(key.get_size()[1]),
             capacity=text(key.get_size()[2]),
