@@ -42,6 +42,20 @@ static inline __m512i movm_epi32(__mmask16 m) {
   for (int i = 0; i < 16; ++i) x.lane[i] = m >> i & 1 ? -1 : 0;
   return join<__m512i>(x);
 }
+static inline __m512 maskz_compress_ps(__mmask16 m, __m512 a) {
+  auto x = split<float>(a);
+  Lanes<float> r{};
+  for (int i = 0, n = 0; i < 16; ++i)
+    if (m >> i & 1) r.lane[n++] = x.lane[i];
+  return join<__m512>(r);
+}
+static inline __m512 maskz_expand_ps(__mmask16 m, __m512 a) {
+  auto x = split<float>(a);
+  Lanes<float> r{};
+  for (int i = 0, n = 0; i < 16; ++i)
+    if (m >> i & 1) r.lane[i] = x.lane[n++];
+  return join<__m512>(r);
+}
 static inline __m512i cvtepu8_epi32(__m128i a) {
   uint8_t b[16];
   Lanes<int32_t> x;
@@ -84,6 +98,8 @@ static inline __m512i dpbusd_epi32(__m512i acc, __m512i unsigned_bytes, __m512i 
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_movepi32_mask emulated::movepi32_mask
 #define _mm512_movm_epi32 emulated::movm_epi32
+#define _mm512_maskz_compress_ps emulated::maskz_compress_ps
+#define _mm512_maskz_expand_ps emulated::maskz_expand_ps
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
