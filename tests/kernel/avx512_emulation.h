@@ -77,6 +77,14 @@ static inline __m512 cvtph_ps(__m256i a) {
   for (int i = 0; i < 16; ++i) x.lane[i] = static_cast<float>(b[i]);
   return join<__m512>(x);
 }
+static inline __m128i cvtepi32_epi8(__m512i a) {
+  auto x = split<int32_t>(a);
+  int8_t b[16];
+  for (int i = 0; i < 16; ++i) b[i] = (int8_t)x.lane[i];
+  __m128i r;
+  std::memcpy(&r, b, 16);
+  return r;
+}
 static inline __m512i slli_epi32(__m512i a, int n) { return map<uint32_t>(a, [n](uint32_t x) { return x << n; }); }
 static inline __m512i srli_epi16(__m512i a, int n) { return map<uint16_t>(a, [n](uint16_t x) { return (uint16_t)(x >> n); }); }
 static inline __m512i and_si512(__m512i a, __m512i b) { return zip<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; }); }
@@ -103,6 +111,7 @@ static inline __m512i dpbusd_epi32(__m512i acc, __m512i unsigned_bytes, __m512i 
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
+#define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_and_si512 emulated::and_si512
