@@ -127,6 +127,7 @@ def emit(
             num_warps=launch.warps,
             num_stages=launch.stages,
             ROWS=launch.rows,
+            KERNEL_NAME=repr(name),
             **constants,
         )
         if error is not None:

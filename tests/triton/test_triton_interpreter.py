@@ -48,6 +48,7 @@ NUMBERS = torch.tensor([1.0, -1.00390625, 1.01171875, 3.0e38, -2.0e-30, 0.0, tor
         (torch.arange(-4, 4, dtype=torch.int8), torch.bfloat16),
         (torch.arange(-4, 4).bfloat16(), torch.int8),
         (NUMBERS[:3].repeat(3)[:8].bfloat16(), torch.float16),
+        (torch.arange(1, 9, dtype=torch.int16).view(torch.bfloat16), torch.float32),
     ],
 )
 def test_bfloat16_casts(source: torch.Tensor, target: torch.dtype) -> None:

@@ -89,15 +89,18 @@ def float32_to_bfloat16(numbers: np.ndarray) -> np.ndarray:
 
 
 def repair_bfloat16_casts(patch: Callable[[type, str, object], None]) -> None:
-    """float32 to bfloat16 truncates in 3.9, and integers to and from bfloat16 are converted to and from its *bits*."""
+    """In 3.9, float32 to bfloat16 truncates, subnormal bfloat16 to float32 is off, and integers to and from bfloat16 are converted to
+    and from its *bits*."""
     cast, convert = Builder.cast_impl, Builder.create_fp_to_fp
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         before, after = source.dtype.scalar, target.scalar
         if after == tl.bfloat16 and before != tl.bfloat16:
             return Handle(float32_to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
-        if before == tl.bfloat16 and after not in (tl.bfloat16, tl.float32):
+        if before == tl.bfloat16 and after != tl.bfloat16:
             source = Handle(bfloat16_to_float32(source.data), tl.float32)
+            if after == tl.float32:
+                return source
         return cast(self, source, target)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
