@@ -135,15 +135,16 @@ class Read:
         return contiguous(self.device, torch.float32, self.pairs, *size)
 
     def prepare(self) -> None:
-        """The query in int8 and the attended span."""
+        """The query in int8, for planes, and the attended span."""
         assert self.device is not None
         inputs = {"QUERY": self.inputs["QUERY"]}
         self.spans: dict[str, ir.IRNode] = {}
         if self.masked:
             self.spans = {"SPANS": scratch(self.device, torch.int32, self.pairs, self.splits, 2 + self.padded)}
             inputs |= self.with_mask()
-        head = self.floats(self.constants["HEAD_SIZE"])
-        self.head = self.emit("prepare", inputs, list(self.spans), head, SMALL)
+        aligned = "PLANES" in self.inputs
+        output = self.floats(self.constants["HEAD_SIZE"]) if aligned else contiguous(self.device, torch.int32, 1)
+        self.head = self.emit("prepare", inputs, list(self.spans), output, SMALL, NEEDS_QUERY=aligned)
 
     def with_mask(self) -> dict[str, ir.IRNode]:
         return {**self.spans, "MASK": self.inputs["MASK"]} if self.masked else {}

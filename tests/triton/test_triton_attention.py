@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import SUM_ERROR, Case, added_error_in_rho, exact, make_case, relative_errors, run_reference, without_planes, write_planes
-from hypothesis import given, settings
+from cases import SUM_ERROR, Case, added_error_in_rho, exact, make_case, relative_errors, run_kernel, run_reference, without_planes, write_planes
+from hypothesis import given
 from hypothesis import strategies as st
 from triton_cases import row_ordered_planes, run_triton
+from triton_interpreter import interpreted
 
 from alignedkv_compile import ops
 from alignedkv_compile.layout import BLOCK_ROWS
@@ -28,11 +30,14 @@ def agreement_budget(case: Case) -> float:
 
 
 def check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:
-    """As the reference counts, but for rows on a threshold; bytes may be fewer: single rows are read, not groups of 16."""
+    """As the reference counts, but for rows on a threshold; bytes may be fewer: single rows are read, not groups of 16. When a
+    pair ends up streamed, its refined K rows have been read too: that the read would cost too much is known one kernel later."""
     for name in ("calls", "rows", "bytes_full"):
         assert counts[name] == expected[name], name
     for name in ops.COUNTER_FIELDS:
         slack = 0.01 * expected[name] + 8 * (64 if name == "bytes_read" else 1)
+        if name == "bytes_read" and expected["key_rows_full"] > expected["key_rows_mid"]:
+            slack += expected["bytes_full"] / 8
         assert counts[name] <= expected[name] + slack, name
         assert name == "bytes_read" or counts[name] >= expected[name] - slack, name
 
@@ -199,7 +204,14 @@ def test_max_autotune_chooses_among_the_table() -> None:
     assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
 
 
-@settings(max_examples=25)
+@pytest.fixture
+def _one_compilation() -> Iterator[None]:
+    """Rows are symbolic, so that examples share the compiled code; it is dropped where ``interpreted`` ends."""
+    with interpreted():
+        yield
+
+
+@pytest.mark.usefixtures("_one_compilation")
 @given(
     rows=st.integers(1, 500),
     peak=st.sampled_from([0.0, 0.5, 2.0, 6.0]),
@@ -234,7 +246,7 @@ def test_any_values(
         case.value[:] = 0
     elif special in {"tiny", "huge"}:
         case.value.mul_(2.0 ** (exponent if special == "huge" else -exponent))
-    result, expected = run_triton(case, row_ordered_planes(case)), run_reference(case, write_planes(case))
+    result, expected = run_kernel(case, row_ordered_planes(case)), run_reference(case, write_planes(case))
     if special == "zeros":
         assert not result.output.any()
         return
