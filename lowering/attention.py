@@ -12,9 +12,9 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
 from .. import layout, ops, precision
+from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
-from .devices import generates_triton
 from .isa import chosen_isa
 
 MAX_THREADS = 256

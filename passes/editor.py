@@ -37,10 +37,12 @@ class GraphEditor:
         self.replaced: dict[str, object] = {}
         self._origin: Node | None = None
 
-    def placeholder(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Node:
-        """Append a graph input: a contiguous CPU tensor."""
+    def placeholder(
+        self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype, device: torch.device
+    ) -> Node:
+        """Append a graph input: a contiguous tensor."""
         with self.fake_mode:
-            value = torch.empty(shape, dtype=dtype)
+            value = torch.empty(shape, dtype=dtype, device=device)
         last = [node for node in self.graph.nodes if operation(node) == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
