@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick clean
+.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick gpu-codegen clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ bench: $(STAMP)  ## the attention operator alone, against SDPA and a 16-bit stre
 
 bench-quick: $(STAMP)  ## one context, two shapes
 	$(BIN)/python benchmarks/attention.py --quick --json results/attention-quick.json $(BENCH_ARGS)
+
+gpu-codegen: $(STAMP)  ## compile every generated Triton kernel for five GPU targets; needs no GPU
+	$(BIN)/python benchmarks/gpu_codegen.py --json results/gpu-codegen.json $(BENCH_ARGS)
 
 clean:  ## remove what the other targets made, .venv included
 	rm -rf $(VENV) build dist results .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
