@@ -1,6 +1,7 @@
 """The error model and the read policy: every formula once, in sympy.
 
-The reference evaluates these expressions through :func:`evaluate`; generated code gets them through :func:`print_cpp_function` and
+The reference evaluates these expressions through :func:`evaluate`; generated code gets them through
+:func:`print_cpp_function` and
 :func:`print_triton_function`.
 The principle is AlignedKV's (arXiv 2409.16546), docs/policy.md explains it: an addend of the attention sum is one cache row's
 contribution, and it is read at the fewest bits whose rounding error stays below a threshold ``theta``, the same for all.
@@ -174,10 +175,10 @@ class _TritonPrinter(StrPrinter):  # type: ignore[misc]
 
     _default_settings: ClassVar[dict[str, object]] = {**StrPrinter._default_settings, "constants": ()}
 
-    def _print_Max(self, expression: sympy.Expr) -> str:
+    def _print_Max(self, expression: sympy.Expr) -> str:  # noqa: N802 (sympy looks it up by class)
         return functools.reduce(lambda a, b: f"tl.maximum({a}, {b})", map(self._print, expression.args))
 
-    def _print_Pow(self, expression: sympy.Expr, rational: bool = False) -> str:
+    def _print_Pow(self, expression: sympy.Expr, rational: bool = False) -> str:  # noqa: N802
         base, exponent = self._print(expression.base), float(expression.exp)
         if exponent < 0:
             return f"(1.0 / {self._print(expression.base**-expression.exp)})"

@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --model HuggingFaceTB/SmolLM2-135M  # then a model's decode, end to end
     python benchmarks/gpu.py --quick                             # correctness and two contexts
 
-Correctness comes first, against float64 on the same stored values; nothing is timed when it fails. Times are medians of Triton's
+Correctness comes first, against float64 on the same stored values; nothing is timed when it fails. Times are medians
+of Triton's
 ``do_bench``, which flushes the L2 cache between calls.
 """
 
@@ -191,7 +192,9 @@ def main(
     tolerance: Annotated[float, typer.Option(help="of the aligned read")] = 2.0,
     model: Annotated[str | None, typer.Option(help="a Hugging Face model to decode with, end to end")] = None,
     model_context: Annotated[int, typer.Option(help="tokens before the decoded ones")] = 16384,
-    json_path: Annotated[Path, typer.Option("--json", help="where the figures go; the plot beside it")] = Path("results/gpu.json"),
+    json_path: Annotated[Path, typer.Option("--json", help="where the figures go; the plot beside it")] = Path(
+        "results/gpu.json"
+    ),
 ) -> None:
     """Check, then time, the generated Triton on this machine's GPU."""
     device = refuse_without_gpu()
@@ -210,9 +213,16 @@ def main(
     decode = time_model(model, model_context, device) if model else {}
     for variant, milliseconds in decode.items():
         rich.print(f"{model} after {model_context} tokens, {variant}: {milliseconds:.2f} ms per token")
-    environment = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda, "rocm": torch.version.hip}
+    environment = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+    }
     json_path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps({**environment, "operator": [asdict(entry) for entry in timings], "model": decode}, indent=1))
+    json_path.write_text(
+        json.dumps({**environment, "operator": [asdict(entry) for entry in timings], "model": decode}, indent=1)
+    )
     plot(timings, json_path.with_suffix(".png"))
 
 

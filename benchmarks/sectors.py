@@ -7,7 +7,8 @@ A GPU fetches memory in sectors of 32 bytes. The kernels that Inductor emits run
 addresses are seen; the same operator at tolerance 0, a 16-bit flash-decoding kernel, is counted the same way. Three counts:
 
 * *cache and planes*: distinct sectors of K, V and the plane arena in one call: what must come from memory at least once;
-* *with scratch*: also the scores, flags and sums that the kernels hand to each other, distinct per call. They are a few bytes per
+* *with scratch*: also the scores, flags and sums that the kernels hand to each other, distinct per call. They are a
+few bytes per
   row and would stay in the L2 cache of a GPU, but a count is not a measurement;
 * *kernel by kernel*: each kernel's distinct sectors added up, as if no cache held anything between two kernels.
 
@@ -98,7 +99,7 @@ def watched() -> Iterator[Loads]:
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes in one decode step, all layers together."""
+    """Bytes in one decode step, the chosen layers together."""
 
     context: int
     dtype: str
@@ -110,8 +111,8 @@ class Count:
     rows_counted: int
 
 
-def read(function: Callable[..., torch.Tensor], layer: dict[str, torch.Tensor], tolerance: float) -> tuple[Loads, list[int], int]:
-    """One layer's read: its loads, their sectors inside K, V and planes, and the bytes that its counters state."""
+def read(function: Callable[..., torch.Tensor], layer: dict[str, torch.Tensor], tolerance: float) -> tuple[list[int], int]:
+    """One layer's read: the three counts of its loads, in bytes, and the bytes that its own counters state."""
     query, key, value = layer["query"], layer["key"], layer["value"]
     planes = torch.zeros(arena_layout(key, value).total, dtype=torch.uint8)
     PLANE_BUILDER.rebuild(planes, key, value, key.shape[2])
@@ -121,13 +122,15 @@ def read(function: Callable[..., torch.Tensor], layer: dict[str, torch.Tensor], 
         function(query, key, value, planes, None, key.shape[2], scale, tolerance, UNIT_ROUNDOFF[key.dtype], 512, counters, 0)
     ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (key, value, planes)]
     stated = int(counters[0, ops.COUNTER_FIELDS.index("bytes_read")])
-    return loads, [loads.distinct(ranges), loads.distinct(), loads.added_up()], stated
+    return [loads.distinct(ranges), loads.distinct(), loads.added_up()], stated
 
 
 def count(path: Path, tolerance: float, layers: int | None) -> Count:
     """All layers of a capture, read at ``tolerance``."""
     found = torch.load(path)
     totals, stated = [0, 0, 0], 0
+    number = len(found["key"])
+    chosen = range(number) if layers is None else sorted({round(i * (number - 1) / max(layers - 1, 1)) for i in range(layers)})
 
     def attention(*arguments: object) -> torch.Tensor:
         return ops.aligned_read_attention.counted(*arguments)
@@ -135,19 +138,20 @@ def count(path: Path, tolerance: float, layers: int | None) -> Count:
     lowering.register()
     with interpreted():
         compiled = torch.compile(attention, fullgraph=True)
-        for query, key, value in list(zip(found["query"], found["key"], found["value"], strict=True))[:layers]:
-            _, bytes_, rows = read(compiled, {"query": query, "key": key, "value": value}, tolerance)
+        for index in chosen:
+            query, key, value = (found[name][index] for name in ("query", "key", "value"))
+            bytes_, by_rows = read(compiled, {"query": query, "key": key, "value": value}, tolerance)
             totals = [a + b for a, b in zip(totals, bytes_, strict=True)]
-            stated += rows
+            stated += by_rows
     example = found["key"][0]
-    number = len(found["key"][:layers]) * example.shape[1] * example.shape[2]
-    return Count(example.shape[2], str(example.dtype).removeprefix("torch."), tolerance, number, *totals, stated)
+    rows = len(chosen) * example.shape[1] * example.shape[2]
+    return Count(example.shape[2], str(example.dtype).removeprefix("torch."), tolerance, rows, *totals, stated)
 
 
 def main(
     captures: Annotated[list[Path], typer.Argument(help="files of capture.py")],
     tolerance: Annotated[float, typer.Option(help="of the aligned read")] = 2.0,
-    layers: Annotated[int | None, typer.Option(help="only the first so many layers")] = None,
+    layers: Annotated[int | None, typer.Option(help="only so many layers, spread evenly; all take hours")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the counts here too")] = None,
 ) -> None:
     """Sectors loaded by the aligned read and by the 16-bit kernel, on captured K and V."""
@@ -163,8 +167,10 @@ def main(
             title = name.replace("_", " ")
             table.add_row(str(aligned.context), aligned.dtype, title, f"{left:,}", f"{right:,}", f"{left / right:.3f}")
         for device, rate in BANDWIDTH.items():
-            times = [getattr(one, "cache_and_planes") / rate * 1e6 for one in (aligned, full)]
-            table.add_row(str(aligned.context), aligned.dtype, f"prediction, us at {device}'s bandwidth", *(f"{t:.1f}" for t in times), "")
+            times = [one.cache_and_planes / rate * 1e6 for one in (aligned, full)]
+            table.add_row(
+                str(aligned.context), aligned.dtype, f"prediction, us at {device}'s bandwidth", *(f"{t:.1f}" for t in times), ""
+            )
     rich.get_console().print(table)
 
 

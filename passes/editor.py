@@ -37,9 +37,7 @@ class GraphEditor:
         self.replaced: dict[str, object] = {}
         self._origin: Node | None = None
 
-    def placeholder(
-        self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype, device: torch.device
-    ) -> Node:
+    def placeholder(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype, device: torch.device) -> Node:
         """Append a graph input: a contiguous tensor."""
         with self.fake_mode:
             value = torch.empty(shape, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ from ... import precision
 from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, ArenaLayout
 from .constants import head_constants, power_of_two
 from .kernel import Launch, contiguous, emit, scratch
-from .tuning import read_launches, splits
+from .tuning import for_kernel, read_launches, splits
 
 STATISTIC_FIELDS = 9
 LIMIT_FIELDS = 10
@@ -128,7 +128,7 @@ class Read:
     ) -> ir.TensorBox:
         """One kernel; those that look at the mask get its spans, and itself where ``inputs`` names it."""
         merged = {**self.constants, **constants}
-        return emit(name, inputs, mutated, output, self.sizes, merged, launches or self.launches[:1])
+        return emit(name, inputs, mutated, output, self.sizes, merged, launches or [for_kernel(name, self.launches[0])])
 
     def floats(self, *size: object) -> ir.FixedLayout:
         """A fresh float32 buffer ``[pairs, *size]``."""

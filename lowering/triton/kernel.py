@@ -1,6 +1,7 @@
 """A Triton template as one kernel inside Inductor's graph.
 
-Inductor's ``TritonTemplate`` is made for kernels with one output, written at the end. Three things differ here: a kernel's output may be
+Inductor's ``TritonTemplate`` is made for kernels with one output, written at the end. Three things differ here: a
+kernel's output may be
 scratch that it addresses itself, its sizes need not be those of any tensor, and functions shared by all kernels follow
 the kernel in its source.
 """
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import sympy
 import torch
 import torch._inductor.lowering  # first: Inductor's modules import each other in a circle
@@ -72,10 +72,13 @@ GRIDS = {"quantize_on_write": pairs_by_pieces, "count": one_program}
 
 @functools.cache
 def template(name: str) -> Template:
-    """The template ``templates/<name>.py.jinja`` with the shared setup and functions; Inductor knows it by ``alignedkv_<name>``."""
+    """The template ``templates/<name>.py.jinja`` with the shared setup and functions; Inductor knows it by
+    ``alignedkv_<name>``."""
     text = (_TEMPLATES / f"{name}.py.jinja").read_text()
     text = text.replace("{{setup}}", (_TEMPLATES / "setup.py.jinja").read_text())
-    made = Template(f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(), always_freeze_layout=True)
+    made = Template(
+        f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(), always_freeze_layout=True
+    )
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
         layout=layout,

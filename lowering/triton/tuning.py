@@ -1,9 +1,11 @@
-"""How the kernels are divided up: one small table. No GPU has timed any of it: the entries are chosen so that nothing spills on the
+"""How the kernels are divided up: one small table. No GPU has timed any of it: the entries are chosen so that
+nothing spills on the
 five targets that ``make gpu-codegen`` compiles for, and ``max-autotune`` may measure the alternatives."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from .kernel import Launch
 
@@ -30,6 +32,11 @@ def read_launches(dim: int, query_rows: int, *, choose: bool) -> tuple[Launch, .
         if dim <= largest and query_rows <= rows:
             return launches if choose else launches[:1]
     raise AssertionError(f"no launch for head dimension {dim}")
+
+
+def for_kernel(name: str, launch: Launch) -> Launch:
+    """The launch of one kernel of the aligned read: ``exact`` holds whole rows of K in float32, so it takes half as many."""
+    return replace(launch, rows=max(16, launch.rows // 2)) if name == "exact" else launch
 
 
 def write_launch(key_dim: int, value_dim: int) -> Launch:

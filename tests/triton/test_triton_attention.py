@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import SUM_ERROR, Case, added_error_in_rho, exact, make_case, relative_errors, run_kernel, run_reference, without_planes, write_planes
+from cases import (
+    SUM_ERROR,
+    Case,
+    added_error_in_rho,
+    exact,
+    make_case,
+    relative_errors,
+    run_kernel,
+    run_reference,
+    without_planes,
+    write_planes,
+)
 from hypothesis import given, target
 from hypothesis import strategies as st
 from triton_cases import row_ordered_planes, run_triton
@@ -31,7 +42,8 @@ def agreement_budget(case: Case) -> float:
 
 def check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:
     """As the reference counts, but for rows on a threshold; bytes may be fewer: single rows are read, not groups of 16. When a
-    pair ends up streamed, its refined K rows have been read too: that the read would cost too much is known one kernel later."""
+    pair ends up streamed, its refined K rows have been read too: that the read would cost too much is known one
+    kernel later."""
     for name in ("calls", "rows", "bytes_full"):
         assert counts[name] == expected[name], name
     for name in ops.COUNTER_FIELDS:

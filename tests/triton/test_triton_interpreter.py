@@ -15,19 +15,19 @@ from triton_interpreter import interpreted, repaired
 
 
 @triton.jit
-def _convert(source, target, count: tl.constexpr):
+def _convert(source: tl.tensor, target: tl.tensor, count: tl.constexpr):
     index = tl.arange(0, count)
     tl.store(target + index, tl.load(source + index).to(target.dtype.element_ty))
 
 
 @triton.jit
-def _multiply(left, right, out, size: tl.constexpr):
+def _multiply(left: tl.tensor, right: tl.tensor, out: tl.tensor, size: tl.constexpr):
     row, column = tl.arange(0, size)[:, None], tl.arange(0, size)[None, :]
     tl.store(out + row * size + column, tl.dot(tl.load(left + row * size + column), tl.load(right + row * size + column)))
 
 
 @triton.jit
-def _reciprocal_root(source, target, count: tl.constexpr):
+def _reciprocal_root(source: tl.tensor, target: tl.tensor, count: tl.constexpr):
     index = tl.arange(0, count)
     tl.store(target + index, libdevice.rsqrt(tl.load(source + index)))
 
@@ -80,15 +80,16 @@ def test_libdevice() -> None:
     with repaired():
         _launch(_reciprocal_root, numbers, out, 8)
     torch.testing.assert_close(out, numbers.rsqrt())
-    with pytest.raises(Exception, match="."):  # whatever it raises: there is no such function
+    with pytest.raises(Exception, match=r"."):  # whatever it raises: there is no such function
         _launch(_reciprocal_root, numbers, out, 8)
 
 
 def test_not_a_number_is_ignored_by_maxima_as_on_gpus() -> None:
-    """``tl.max`` and ``tl.maximum`` return the number; the templates count on it nowhere, and this says which way it is here."""
+    """``tl.max`` and ``tl.maximum`` return the number; the templates count on it nowhere, and this says which way it
+    is here."""
 
     @triton.jit
-    def largest(source, out, count: tl.constexpr):
+    def largest(source: tl.tensor, out: tl.tensor, count: tl.constexpr):
         tl.store(out, tl.max(tl.load(source + tl.arange(0, count)), 0))
 
     out = torch.empty(1)

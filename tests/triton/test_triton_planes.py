@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_case, write_planes
-from triton_checks import assert_same_planes, hard_rows
 from triton_cases import row_ordered_planes, to_row_order, write_triton
+from triton_checks import assert_same_planes, hard_rows
 
 from alignedkv_compile.arena import arena_views
 from alignedkv_compile.layout import BLOCK_ROWS, arena_layout
