@@ -50,7 +50,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
 	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
-	cd build/typed && MYPYPATH=../../benchmarks:../../examples ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py
 
 format: $(STAMP)  ## rewrite the sources in ruff's format

@@ -170,7 +170,7 @@ def print_cpp_vector_function(function: str, name: str, argument: str) -> str:
     return f"static inline vf {function}(vf {argument}) {{ return {text}; }}"
 
 
-class _TritonPrinter(StrPrinter):  # type: ignore[misc]
+class _TritonPrinter(StrPrinter):
     """Expressions of numbers, sums, products, powers and maxima as Triton; ``constants`` are names of compile-time numbers."""
 
     _default_settings: ClassVar[dict[str, object]] = {**StrPrinter._default_settings, "constants": ()}

@@ -129,9 +129,9 @@ def time_operator(contexts: tuple[int, ...], dtype: torch.dtype, tolerance: floa
         torch.compiler.reset()
         for context in contexts:
             layer = synthetic(shape, context, dtype, EFFECTIVE_KEYS)
-            tensors = [tensor.to(device) for tensor in (layer.query, layer.key, layer.value)]
-            share = bytes_read(*tensors, tolerance)
-            for name, call in variants(*tensors, tolerance).items():
+            query, key, value = (tensor.to(device) for tensor in (layer.query, layer.key, layer.value))
+            share = bytes_read(query, key, value, tolerance)
+            for name, call in variants(query, key, value, tolerance).items():
                 try:
                     call()
                     milliseconds = float(do_bench(call, return_mode="median"))

@@ -145,7 +145,9 @@ def count(path: Path, tolerance: float, layers: int | None) -> Count:
             stated += by_rows
     example = found["key"][0]
     rows = len(chosen) * example.shape[1] * example.shape[2]
-    return Count(example.shape[2], str(example.dtype).removeprefix("torch."), tolerance, rows, *totals, stated)
+    return Count(
+        example.shape[2], str(example.dtype).removeprefix("torch."), tolerance, rows, totals[0], totals[1], totals[2], stated
+    )
 
 
 def main(

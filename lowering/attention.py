@@ -95,7 +95,7 @@ class AlignedReadAttention(Template):
         )
 
 
-def _broadcast_strides(mask: ir.Buffer) -> list[sympy.Expr]:
+def _broadcast_strides(mask: ir.IRNode) -> list[sympy.Expr]:
     """Strides of a 4-D mask with 0 where it broadcasts."""
     known_one = V.graph.sizevars.statically_known_equals
     return [

@@ -62,7 +62,7 @@ def _lower(planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positio
     if generates_triton(device_of(planes)):
         from .triton.quantize import lower  # triton need not be installed for CPUs
 
-        lower(*inputs.values(), sympy.sympify(capacity))
+        lower(inputs["planes"], inputs["key"], inputs["value"], inputs["positions"], sympy.sympify(capacity))
         return
     emit(QuantizeOnWrite(inputs, sympy.sympify(capacity), key_dim, value_dim))
 

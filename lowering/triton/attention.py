@@ -62,8 +62,9 @@ class Read:
         self.settings = settings
         batch, query_heads, queries, key_dim = query.get_size()
         heads = static(key.get_size()[1])
-        self.device = query.get_device()
-        assert self.device is not None
+        device = query.get_device()
+        assert device is not None
+        self.device = device
         self.arena = ArenaLayout(1, 1, static(key_dim), static(value.get_size()[3]))
         self.pairs = sympy.sympify(batch * heads)
         group, queries = static(query_heads) // heads, static(queries)
@@ -136,7 +137,6 @@ class Read:
 
     def prepare(self) -> None:
         """The query in int8, for planes, and the attended span."""
-        assert self.device is not None
         inputs = {"QUERY": self.inputs["QUERY"]}
         self.spans: dict[str, ir.IRNode] = {}
         if self.masked:
@@ -153,7 +153,6 @@ class Read:
         """Steps 1 to 5 of docs/policy.md; ``STATE`` ends up 1 for the pairs that are to be streamed."""
         rows = FloorDiv(self.settings.length + (BLOCK_ROWS - 1), BLOCK_ROWS) * BLOCK_ROWS
         m, dim, device = self.constants["M"], self.arena.value_dim, self.device
-        assert device is not None
         data = {name: self.inputs[name] for name in ("PLANES", "QUERY", "KEY", "VALUE")}
         flags = {"FLAGS": scratch(device, torch.uint8, self.pairs, rows)}
         statistics = {"STATISTICS": scratch(device, torch.float32, self.pairs, self.splits, STATISTIC_FIELDS, self.padded)}
@@ -206,7 +205,6 @@ class Read:
 
     def read(self, output: ir.Layout) -> ir.TensorBox:
         """The whole call."""
-        assert self.device is not None
         self.aligned, self.state, self.counts, self.spans = {}, {}, {}, {}
         aligned = "PLANES" in self.inputs
         if aligned or self.masked:
@@ -229,7 +227,6 @@ class Read:
 
     def count(self, counters: ir.IRNode, site: int) -> None:
         """Add what was read to row ``site`` of ``counters``."""
-        assert self.device is not None
         aligned = "PLANES" in self.inputs
         inputs = {"COUNTERS_OUT": counters, "TOPS": self.tops}
         if aligned:
