@@ -78,10 +78,9 @@ def padded_rows(capacity: IntLike) -> IntLike:
 
 
 def score_ordered(device: torch.device) -> bool:
-    """Whether eager code keeps ``key_hi`` in score order on this device: CPUs do, GPUs want row order in every
-    plane. Generated C++
-    always uses score order, generated Triton always row order; only tests, which interpret Triton on CPU tensors,
-    see both on one."""
+    """Whether eager code keeps ``key_hi`` in score order on this device: CPUs do, GPUs want row order in every plane. Generated
+    C++ always uses score order, generated Triton always row order; only tests, which interpret Triton on CPU tensors, see
+    both on one."""
     return device.type == "cpu"
 
 

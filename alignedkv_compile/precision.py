@@ -1,10 +1,9 @@
 """The error model and the read policy: every formula once, in sympy.
 
 The reference evaluates these expressions through :func:`evaluate`; generated code gets them through
-:func:`print_cpp_function` and
-:func:`print_triton_function`.
-The principle is AlignedKV's (arXiv 2409.16546), docs/policy.md explains it: an addend of the attention sum is one cache row's
-contribution, and it is read at the fewest bits whose rounding error stays below a threshold ``theta``, the same for all.
+:func:`print_cpp_function` and :func:`print_triton_function`. The principle is AlignedKV's (arXiv 2409.16546),
+docs/policy.md explains it: an addend of the attention sum is one cache row's contribution, and it is read at the fewest
+bits whose rounding error stays below a threshold ``theta``, the same for all.
 
 Symbols (all positive):
 

@@ -4,9 +4,8 @@
     python benchmarks/gpu.py --model HuggingFaceTB/SmolLM2-135M  # then a model's decode, end to end
     python benchmarks/gpu.py --quick                             # correctness and two contexts
 
-Correctness comes first, against float64 on the same stored values; nothing is timed when it fails. Times are medians
-of Triton's
-``do_bench``, which flushes the L2 cache between calls.
+Correctness comes first, against float64 on the same stored values; nothing is timed when it fails. Times are medians of
+Triton's ``do_bench``, which flushes the L2 cache between calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Generate the operators' Triton for GPUs that are not there, compile every kernel for five targets, and report what came out.
 
-Inductor generates the source from fake CUDA tensors under a stand-in for ``torch.cuda``; Triton's own compiler and
-the ``ptxas``,
-``cuobjdump`` and LLVM that ship with it make machine code. Nothing is executed, and no GPU has run or timed any of it.
+Inductor generates the source from fake CUDA tensors under a stand-in for ``torch.cuda``; Triton's own compiler and the
+``ptxas``, ``cuobjdump`` and LLVM that ship with it make machine code. Nothing is executed, and no GPU has run or timed any
+of it.
 
     python benchmarks/gpu_codegen.py                         # five targets, head dimensions 64, 128 and 256
     python benchmarks/gpu_codegen.py --targets sm_90 --dims 128 --json results/codegen.json

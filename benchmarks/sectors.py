@@ -7,9 +7,8 @@ A GPU fetches memory in sectors of 32 bytes. The kernels that Inductor emits run
 addresses are seen; the same operator at tolerance 0, a 16-bit flash-decoding kernel, is counted the same way. Three counts:
 
 * *cache and planes*: distinct sectors of K, V and the plane arena in one call: what must come from memory at least once;
-* *with scratch*: also the scores, flags and sums that the kernels hand to each other, distinct per call. They are a
-few bytes per
-  row and would stay in the L2 cache of a GPU, but a count is not a measurement;
+* *with scratch*: also the scores, flags and sums that the kernels hand to each other, distinct per call. They are a few
+  bytes per row and would stay in the L2 cache of a GPU, but a count is not a measurement;
 * *kernel by kernel*: each kernel's distinct sectors added up, as if no cache held anything between two kernels.
 
 No GPU has run or timed any of this. The predictions are bytes over the bandwidth of the data sheets, and nothing more.

@@ -1,12 +1,10 @@
 """Show the code that the backend generates for one attention layer: C++ for the CPU, Triton for GPUs.
 
-    python examples/inspect_generated_code.py            # what each kernel does, then the heart of the score pass in
-    both languages
+    python examples/inspect_generated_code.py            # what each kernel does, then the same steps in both languages
     python examples/inspect_generated_code.py --full     # everything, as Inductor runs it
 
-The Triton is generated in a second process, from fake CUDA tensors under a stand-in for a GPU; it is neither
-compiled nor run. No GPU
-has run or timed it.
+The Triton is generated in a second process, from fake CUDA tensors under a stand-in for a GPU; it is neither compiled nor
+run. No GPU has run or timed it.
 """
 
 from __future__ import annotations

@@ -89,9 +89,8 @@ def rewrite_append(
 def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
     """Rows that a buffer may have in compiled code; None where there is no limit.
 
-    Where Inductor generates Triton, it indexes with 32 bits and guards on sizes; but nobody could evaluate a guard
-    on the capacity,
-    which is no size of Dynamo's. So the capacity is declared to be small enough, and the runtime sees to it.
+    Where Inductor generates Triton, it indexes with 32 bits and guards on sizes; but nobody could evaluate a guard on the
+    capacity, which is no size of Dynamo's. So the capacity is declared to be small enough, and the runtime sees to it.
     """
     if not generates_triton(key.device):
         return None

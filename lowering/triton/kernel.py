@@ -1,9 +1,8 @@
 """A Triton template as one kernel inside Inductor's graph.
 
-Inductor's ``TritonTemplate`` is made for kernels with one output, written at the end. Three things differ here: a
-kernel's output may be
-scratch that it addresses itself, its sizes need not be those of any tensor, and functions shared by all kernels follow
-the kernel in its source.
+Inductor's ``TritonTemplate`` is made for kernels with one output, written at the end. Three things differ here: a kernel's
+output may be scratch that it addresses itself, its sizes need not be those of any tensor, and functions shared by all
+kernels follow the kernel in its source.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""How the kernels are divided up: one small table. No GPU has timed any of it: the entries are chosen so that
-nothing spills on the
-five targets that ``make gpu-codegen`` compiles for, and ``max-autotune`` may measure the alternatives."""
+"""How the kernels are divided up: one small table. No GPU has timed any of it: the entries are chosen so that nothing
+spills on the five targets that ``make gpu-codegen`` compiles for, and ``max-autotune`` may measure the alternatives."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Machine code for a GPU that is not there: nothing spills, and loads stay wide. One target here, five with ``make
-gpu-codegen``."""
+"""Machine code for a GPU that is not there: nothing spills, and loads stay wide. One target here;
+``make gpu-codegen`` has five."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NARROW_LOADS = {"score": 0, "stream": 0}
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Figures of each kernel for head dimension 128 on sm_90, from a process of its own: the stand-in for CUDA
-    undoes nothing."""
+    """Figures of each kernel for head dimension 128 on sm_90, from a process of its own: the stand-in for CUDA undoes
+    nothing."""
     path = tmp_path_factory.mktemp("codegen") / "figures.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(PROGRAM), "--targets", "sm_90", "--dims", "128", "--json", str(path)]

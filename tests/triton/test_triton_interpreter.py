@@ -85,8 +85,8 @@ def test_libdevice() -> None:
 
 
 def test_not_a_number_is_ignored_by_maxima_as_on_gpus() -> None:
-    """``tl.max`` and ``tl.maximum`` return the number; the templates count on it nowhere, and this says which way it
-    is here."""
+    """``tl.max`` and ``tl.maximum`` return the number; the templates count on it nowhere, and this says which way it is
+    here."""
 
     @triton.jit
     def largest(source: tl.tensor, out: tl.tensor, count: tl.constexpr):

@@ -22,8 +22,8 @@ def hard_rows(case: Case) -> None:
 
 
 def assert_same_planes(case: Case, expected: torch.Tensor, written: torch.Tensor) -> None:
-    """Two arenas in row order hold the same rows; norms and sums may round another way, and rows with NaN or Inf say
-    only that."""
+    """Two arenas in row order hold the same rows; norms and sums may round another way, and rows with NaN or Inf say only
+    that."""
     count = case.key.shape[2]
     layout = arena_layout(case.key, case.value)
     left, right = arena_views(expected, layout), arena_views(written, layout)

@@ -1,13 +1,12 @@
 """Run the Triton kernels that Inductor emits on CPU tensors, in Triton's interpreter: no GPU, no driver.
 
 ``TRITON_INTERPRET=1`` must be set before triton is imported (``tests/conftest.py`` does it for the test suite). Inside
-:func:`interpreted`, ``torch.compile`` sends CPU tensors to Inductor's Triton code generation, and the generated
-module, launches
-included, runs as it is; only the numbers are made by numpy.
+:func:`interpreted`, ``torch.compile`` sends CPU tensors to Inductor's Triton code generation, and the generated module,
+launches included, runs as it is; only the numbers are made by numpy.
 
 What triton 3.9's interpreter gets wrong or lacks is repaired here, one function per repair, each with its test in
-``test_triton_interpreter.py``: a repair that a later triton makes unnecessary is found by that test's twin, which
-runs without it.
+``test_triton_interpreter.py``: a repair that a later triton makes unnecessary is found by that test's twin, which runs
+without it.
 """
 
 from __future__ import annotations
@@ -91,9 +90,8 @@ def float32_to_bfloat16(numbers: np.ndarray) -> np.ndarray:
 
 
 def repair_bfloat16_casts(patch: Callable[[type, str, object], None]) -> None:
-    """In 3.9, float32 to bfloat16 truncates, subnormal bfloat16 to float32 is off, and integers to and from bfloat16
-    are converted to
-    and from its *bits*."""
+    """In 3.9, float32 to bfloat16 truncates, subnormal bfloat16 to float32 is off, and integers to and from bfloat16 are
+    converted to and from its *bits*."""
     cast, convert = Builder.cast_impl, Builder.create_fp_to_fp
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
