@@ -39,3 +39,16 @@ def test_a_growing_cache_beyond_32_bit_indexing_is_an_error_and_never_a_wrong_ad
     compiled = torch.compile(_step, backend="alignedkv", options={"strict": True})
     with interpreted(), torch.no_grad(), pytest.raises(CacheTooLongError, match=f"addresses {BLOCK_ROWS} at most"):
         compiled(query, key, value, *past)
+
+
+def test_without_triton_nothing_is_lost_on_cpus() -> None:
+    """The lowerings register, and compile for the CPU, where triton cannot be imported."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+import alignedkv_compile.lowering as lowering
+lowering.register()
+assert not any("lowering.triton" in name for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
