@@ -35,7 +35,7 @@ def _step(
 def test_a_growing_cache_beyond_32_bit_indexing_is_an_error_and_never_a_wrong_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(append, "MAX_INDEX", ArenaLayout(2, BLOCK_ROWS, 16, 16).total)  # one block of rows
     query, key, value = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 2, 1, 16)
-    past = torch.randn(2, 1, 2, 40, 16)
+    past = [torch.randn(1, 2, 40, 16) for _ in range(2)]
     compiled = torch.compile(_step, backend="alignedkv", options={"strict": True})
     with interpreted(), torch.no_grad(), pytest.raises(CacheTooLongError, match=f"addresses {BLOCK_ROWS} at most"):
         compiled(query, key, value, *past)
