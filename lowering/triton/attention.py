@@ -70,6 +70,7 @@ class Read:
         group, queries = static(query_heads) // heads, static(queries)
         rows = group * queries
         self.padded = max(16, power_of_two(rows))
+        self.generation = 0 if _is_hip() else _generation(self.device)
         self.splits = splits(V.graph.sizevars.optimization_hint(self.pairs), _processors(self.device))
         mask = inputs.get("mask")
         kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
@@ -129,7 +130,9 @@ class Read:
     ) -> ir.TensorBox:
         """One kernel; those that look at the mask get its spans, and itself where ``inputs`` names it."""
         merged = {**self.constants, **constants}
-        return emit(name, inputs, mutated, output, self.sizes, merged, launches or [for_kernel(name, self.launches[0])])
+        return emit(
+            name, inputs, mutated, output, self.sizes, merged, launches or [for_kernel(name, self.launches[0], self.generation)]
+        )
 
     def floats(self, *size: object) -> ir.FixedLayout:
         """A fresh float32 buffer ``[pairs, *size]``."""
@@ -238,6 +241,10 @@ class Read:
 def _processors(device: torch.device) -> int:
     count = DeviceProperties.create(device).multi_processor_count
     return EMULATED_PROCESSORS if device.type == "cpu" or not count else count
+
+
+def _generation(device: torch.device) -> int:
+    return int(DeviceProperties.create(device).major or 0)
 
 
 def _is_hip() -> bool:

@@ -20,6 +20,17 @@ READ: dict[tuple[int, int], tuple[Launch, ...]] = {
 }
 """Rows at once, warps, stages of the kernels that walk the context."""
 
+HALF_ROWS = {
+    (8, "coarse"): 4,
+    (8, "values"): 4,
+    (10, "score"): 8,
+    (10, "coarse"): 4,
+    (12, "score"): 8,
+    (12, "coarse"): 4,
+}
+"""Device generation (major compute capability) and kernel: with so many warps or fewer it takes half of the table's rows, since
+ptxas spills 8 to 48 bytes otherwise. ``exact``, which holds whole rows of K, does so everywhere."""
+
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that a multiprocessor should have in flight, as far as the context can be split."""
 MAX_SPLITS = 64
@@ -33,9 +44,11 @@ def read_launches(dim: int, query_rows: int, *, choose: bool) -> tuple[Launch, .
     raise AssertionError(f"no launch for head dimension {dim}")
 
 
-def for_kernel(name: str, launch: Launch) -> Launch:
-    """The launch of one kernel of the aligned read: ``exact`` holds whole rows of K in float32, so it takes half as many."""
-    return replace(launch, rows=max(16, launch.rows // 2)) if name == "exact" else launch
+def for_kernel(name: str, launch: Launch, generation: int) -> Launch:
+    """The launch of one kernel of the aligned read on a device generation (major compute capability; 0 for others)."""
+    if launch.warps <= HALF_ROWS.get((generation, name), 0) or name == "exact":
+        return replace(launch, rows=max(16, launch.rows // 2))
+    return launch
 
 
 def write_launch(key_dim: int, value_dim: int) -> Launch:
