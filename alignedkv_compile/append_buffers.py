@@ -31,6 +31,13 @@ class CacheLengthError(RuntimeError):
         super().__init__(f"the past keys have {key_length} rows but the past values have {value_length}")
 
 
+class CacheTooLongError(RuntimeError):
+    """A cache has outgrown what its compiled code can address."""
+
+    def __init__(self, capacity: int, largest: int) -> None:
+        super().__init__(f"a growing cache of {capacity} rows was needed, but this compiled code addresses {largest} at most")
+
+
 @dataclass(slots=True)
 class AppendBuffer:
     """Storage of one layer's K and V with room behind the live rows.

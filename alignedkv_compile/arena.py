@@ -38,6 +38,11 @@ class ArenaViews:
     value_hi: torch.Tensor
     value_mid: torch.Tensor
 
+    @property
+    def key_hi_rows(self) -> torch.Tensor:
+        """``key_hi`` where it is in row order, as on GPUs: uint8 ``[BH, rows, Dk' / 2]``."""
+        return self.key_hi.view(self.key_mid.shape)
+
 
 def arena_views(planes: torch.Tensor, layout: ArenaLayout) -> ArenaViews:
     """Views of ``planes`` (uint8 ``[>= layout.total]``).

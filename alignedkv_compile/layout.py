@@ -11,7 +11,7 @@ header         (64 in all)            int64[0] is :data:`PLANES_VALID` or :data:
 key_scale      4                      float32, ``absmax(H k) * 16/15``
 value_scale    4                      two bfloat16 halves of one uint32: high ``absmax(v) * 16/15`` rounded up, low ``||v||``
 value_sum      (4 + 4 Dv) per block   int32 number of rows summed so far (-1: not usable), then the float32 sum of those V rows
-key_hi         Dk'/2                  4-bit plane of K in *score order* (below)
+key_hi         Dk'/2                  4-bit plane of K: on a CPU in *score order*, on a GPU in *row order* (below)
 key_mid        Dk'/2                  4-bit plane of K in *row order*
 value_hi       Dv'/2                  4-bit plane of V in row order
 value_mid      Dv'/2                  4-bit plane of V in row order
@@ -75,6 +75,13 @@ def padded_head_dim(head_dim: int) -> int:
 def padded_rows(capacity: IntLike) -> IntLike:
     """Rows per (batch, head) in every section: ``capacity`` rounded up to whole blocks."""
     return (capacity + (BLOCK_ROWS - 1)) // BLOCK_ROWS * BLOCK_ROWS
+
+
+def score_ordered(device: torch.device) -> bool:
+    """Whether eager code keeps ``key_hi`` in score order on this device: CPUs do, GPUs want row order in every plane. Generated
+    C++ always uses score order, generated Triton always row order; only tests, which interpret Triton on CPU tensors, see
+    both on one."""
+    return device.type == "cpu"
 
 
 def hadamard_blocks(head_dim: int) -> tuple[int, ...]:

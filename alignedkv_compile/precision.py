@@ -1,8 +1,9 @@
 """The error model and the read policy: every formula once, in sympy.
 
-The reference evaluates these expressions through :func:`evaluate`; generated C++ gets them through :func:`print_cpp_function`.
-The principle is AlignedKV's (arXiv 2409.16546), docs/policy.md explains it: an addend of the attention sum is one cache row's
-contribution, and it is read at the fewest bits whose rounding error stays below a threshold ``theta``, the same for all.
+The reference evaluates these expressions through :func:`evaluate`; generated code gets them through
+:func:`print_cpp_function` and :func:`print_triton_function`. The principle is AlignedKV's (arXiv 2409.16546),
+docs/policy.md explains it: an addend of the attention sum is one cache row's contribution, and it is read at the fewest
+bits whose rounding error stays below a threshold ``theta``, the same for all.
 
 Symbols (all positive):
 
@@ -19,9 +20,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import sympy
 from sympy.codegen.ast import float32, real
+from sympy.printing.str import StrPrinter
 
 alpha, u, R, N, n, D, q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q s_K s_V p v b", positive=True)
 B, E, left = sympy.symbols("B E left", positive=True)
@@ -164,6 +167,61 @@ def print_cpp_vector_function(function: str, name: str, argument: str) -> str:
     """A named formula of one symbol as a C++ function of a vector ``vf`` of floats."""
     text = sympy.ccode(EXPRESSIONS[name], type_aliases={real: float32})
     return f"static inline vf {function}(vf {argument}) {{ return {text}; }}"
+
+
+class _TritonPrinter(StrPrinter):
+    """Expressions of numbers, sums, products, powers and maxima as Triton; ``constants`` are names of compile-time numbers."""
+
+    _default_settings: ClassVar[dict[str, object]] = {**StrPrinter._default_settings, "constants": ()}
+
+    def _print_Max(self, expression: sympy.Expr) -> str:  # noqa: N802 (sympy looks it up by class)
+        return functools.reduce(lambda a, b: f"tl.maximum({a}, {b})", map(self._print, expression.args))
+
+    def _print_Pow(self, expression: sympy.Expr, rational: bool = False) -> str:  # noqa: N802
+        base, exponent = self._print(expression.base), float(expression.exp)
+        if exponent < 0:
+            return f"(1.0 / {self._print(expression.base**-expression.exp)})"
+        if exponent == 0.5:
+            return f"({base} ** 0.5)" if base in self._settings["constants"] else f"tl.sqrt({base})"
+        if exponent != int(exponent):
+            raise ValueError(f"no Triton for the exponent {exponent}")
+        return "(" + " * ".join([f"({base})"] * int(exponent)) + ")"
+
+
+def print_triton_function(
+    function: str,
+    name: str,
+    arguments: Sequence[str],
+    constants: Sequence[str] = (),
+    *,
+    values: Mapping[str, float] | None = None,
+    double: bool = True,
+) -> str:
+    """A named formula as a ``triton.jit`` function from float32 to float32, elementwise.
+
+    Args:
+        function: name of the function.
+        name: a key of :data:`EXPRESSIONS`.
+        arguments: symbols that are tensors, in the order of the parameters.
+        constants: symbols that are ``tl.constexpr`` parameters, after the others.
+        values: numbers for the remaining symbols.
+        double: evaluate in float64: products of small errors leave the range of float32.
+
+    Raises:
+        ValueError: the formula has other symbols than those named.
+    """
+    expression = EXPRESSIONS[name]
+    numbers = values or {}
+    named, free = {*arguments, *constants, *numbers}, {str(symbol) for symbol in expression.free_symbols}
+    if named != free:
+        raise ValueError(f"{name} is a formula of {sorted(free)}, not of {sorted(named)}")
+    expression = sympy.N(expression.subs({_symbol(k): sympy.Float(value, 17) for k, value in numbers.items()}), 17)
+    parameters = ", ".join([*arguments, *(f"{constant}: tl.constexpr" for constant in constants)])
+    lines = ["@triton.jit", f"def {function}({parameters}):"]
+    if double:
+        lines += [f"    {argument} = {argument}.to(tl.float64)" for argument in arguments]
+    text = _TritonPrinter({"constants": tuple(constants)}).doprint(expression)
+    return "\n".join([*lines, f"    return ({text}).to(tl.float32)"])
 
 
 def _symbol(name: str) -> sympy.Symbol:

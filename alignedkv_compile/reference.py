@@ -36,6 +36,7 @@ from .layout import (
     arena_layout,
     hadamard_blocks,
     padded_head_dim,
+    score_ordered,
 )
 from .precision import EXPRESSIONS, NORM_RANGE, STREAM_FRACTION, evaluate
 
@@ -91,7 +92,10 @@ def quantize_on_write(
     views.key_scale[:, positions] = key_scale
     views.value_scale[:, positions] = words
     high, middle = encode(keys, key_scale, positions)
-    views.key_hi[:, positions // SCORE_GROUP, :, positions % SCORE_GROUP] = pack_score_order(high).movedim(0, 1)
+    if score_ordered(planes.device):
+        views.key_hi[:, positions // SCORE_GROUP, :, positions % SCORE_GROUP] = pack_score_order(high).movedim(0, 1)
+    else:
+        views.key_hi_rows[:, positions] = pack_row_order(high)
     views.key_mid[:, positions] = pack_row_order(middle)
     high, middle = encode(values, unpack_value_scale(words)[0], positions)
     views.value_hi[:, positions] = pack_row_order(high)
@@ -126,7 +130,7 @@ class ReadCounts:
 
     def add_to(self, counters: torch.Tensor, site: int) -> None:
         fields = [1, *(int(getattr(self, name)) for name in ops.COUNTER_FIELDS[1:])]
-        counters[site] += torch.tensor(fields, dtype=torch.int64)
+        counters[site] += torch.tensor(fields, dtype=torch.int64, device=counters.device)
 
 
 @torch.library.impl(f"{ops.NAMESPACE}::aligned_read_attention", "CompositeExplicitAutograd")
@@ -193,7 +197,7 @@ def _attention(
     for index in range(batch * heads):
         b, h = divmod(index, heads)
         selected = slice(h * group, (h + 1) * group)
-        bias, attended = _bias(mask, b, selected, group, query_rows, length)
+        bias, attended = _bias(mask, b, selected, group, query_rows, length, query.device)
         call = _HeadCall(
             query=query[b, selected].reshape(group * query_rows, -1).float(),
             key=key[b, h, :length],
@@ -233,7 +237,7 @@ class _HeadCall:
 
 
 def _bias(
-    mask: torch.Tensor | None, batch: int, selected: slice, group: int, query_rows: int, length: int
+    mask: torch.Tensor | None, batch: int, selected: slice, group: int, query_rows: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Additive bias and attended rows of one group, ``[group * Q, T]``.
 
@@ -241,7 +245,7 @@ def _bias(
     nothing else falls back to adding it, which is what plain attention computes (a uniform average for a row of ``finfo.min``).
     """
     if mask is None:
-        return None, torch.ones(group * query_rows, length, dtype=torch.bool)
+        return None, torch.ones(group * query_rows, length, dtype=torch.bool, device=device)
     rows = mask[batch if mask.shape[0] > 1 else 0]
     rows = rows[selected] if rows.shape[0] > 1 else rows.expand(group, -1, -1)
     rows = rows.expand(group, query_rows, rows.shape[-1])
@@ -293,7 +297,7 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
     live = call.attended.any(0)
     live_rows = int(live.sum())
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=call.key.device)
     offset = dither(positions)
     key_scale = views.key_scale[head, :length]
     value_scale, value_norm = unpack_value_scale(views.value_scale[head, :length])
@@ -305,7 +309,9 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     mixed = hadamard(call.query)
     query_step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
     query_int8 = torch.where(query_step > 0, torch.round(mixed / query_step), 0.0)
-    high = unpack_score_order(views.key_hi[head])[:length, :key_dim].float()
+    ordered = score_ordered(call.key.device)
+    high = unpack_score_order(views.key_hi[head]) if ordered else unpack_row_order(views.key_hi_rows[head])
+    high = high[:length, :key_dim].float()
     dots = query_int8 @ high.T + query_int8.sum(-1, keepdim=True) * (-7.5 - offset)
     scores = dots * (query_step * call.scale * COARSE_STEP / CODE_RANGE) * key_scale
     if bool(special_keys.any()):
@@ -356,7 +362,7 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
         thresholds.append(evaluate("threshold", B=budgets[row], E=addend_sums[row], **common))
 
     def column(numbers: list[float]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.float32)[:, None]
+        return torch.tensor(numbers, dtype=torch.float32, device=call.key.device)[:, None]
 
     key_addend, value_addend = weights * finite_key * spread, weights * finite_value
     theta = column(thresholds)

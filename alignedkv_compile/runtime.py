@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .append_buffers import APPEND_BUFFERS, AppendBuffer, AppendBuffers
+from .append_buffers import APPEND_BUFFERS, AppendBuffer, AppendBuffers, CacheTooLongError
 from .options import Options
 from .passes.records import RewrittenGraph
 from .report import GraphReport
@@ -103,6 +103,8 @@ class Runtime:
                 binding.new_rows,
                 with_planes=binding.planes_input is not None,
             )
+            if binding.largest_capacity is not None and buffer.capacity > binding.largest_capacity:
+                raise CacheTooLongError(buffer.capacity, binding.largest_capacity)
             inputs[binding.key_buffer_input] = buffer.key
             inputs[binding.value_buffer_input] = buffer.value
             if binding.planes_input is not None:

@@ -202,15 +202,26 @@ def write_trace_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
-def fresh_size(mode: FakeTensorMode, example: int, name: str) -> torch.SymInt:
-    """A new symbol for the size of a graph input, backed by ``example``.
+TRITON_DEVICES = ("cuda", "xpu")
+"""Device types for which Inductor generates Triton; torch calls ROCm devices ``cuda`` too."""
+
+
+def generates_triton(device: torch.device) -> bool:
+    """Whether Inductor makes Triton for this device; for CPU tensors only where its ``cpu_backend`` says so, as tests do."""
+    return device.type in TRITON_DEVICES or (device.type == "cpu" and inductor_config.cpu_backend == "triton")
+
+
+def fresh_size(mode: FakeTensorMode, example: int, name: str, largest: int | None = None) -> torch.SymInt:
+    """A new symbol for the size of a graph input, backed by ``example``, and at most ``largest``.
 
     An unbacked symbol would not do: Inductor takes the sizes of its inputs from example values.
     """
     from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+    from torch.utils._sympy.value_ranges import ValueRanges
 
+    bound = None if largest is None else StrictMinMaxConstraint(vr=ValueRanges(2, largest), warn_only=False)
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
-        dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None]
+        dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[bound]
     )
     return mode.from_tensor(torch.empty(example), symbolic_context=context, source=ConstantSource(name)).shape[0]  # type: ignore[return-value]

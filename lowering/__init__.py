@@ -1,7 +1,7 @@
 """Inductor lowerings of the two operators: Python decides (shapes, constants, instruction set), Jinja templates compute.
 
 ``quantize.py`` and ``attention.py`` each turn one operator into a kernel from ``templates/``; ``cpp_kernel.py`` is the Inductor
-buffer and kernel that carry a template; ``isa.py`` chooses the instruction set.
+buffer and kernel that carry a template; ``isa.py`` chooses the instruction set. For GPUs they hand over to ``triton/``.
 """
 
 from __future__ import annotations

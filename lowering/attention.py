@@ -12,6 +12,7 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
 from .. import layout, ops, precision
+from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
 from .isa import chosen_isa
@@ -66,7 +67,7 @@ class AlignedReadAttention(Template):
             query_rows=constants.query_rows,
             scale=f"{constants.scale:.9e}f",
             mask_type=mask_type,
-            mask_floor=_mask_floor(mask),
+            mask_floor=f"{mask_minimum(mask):.9e}f",
             mask_shared=mask_strides[1] == 0,
         )
         return render(
@@ -94,7 +95,7 @@ class AlignedReadAttention(Template):
         )
 
 
-def _broadcast_strides(mask: ir.Buffer) -> list[sympy.Expr]:
+def _broadcast_strides(mask: ir.IRNode) -> list[sympy.Expr]:
     """Strides of a 4-D mask with 0 where it broadcasts."""
     known_one = V.graph.sizevars.statically_known_equals
     return [
@@ -103,11 +104,11 @@ def _broadcast_strides(mask: ir.Buffer) -> list[sympy.Expr]:
     ]
 
 
-def _mask_floor(mask: ir.Buffer | None) -> str:
+def mask_minimum(mask: ir.IRNode | None) -> float:
     """At or below half of the dtype's minimum a floating mask prohibits."""
     if mask is None or mask.get_dtype() == torch.bool:
-        return "0"
-    return f"{torch.finfo(mask.get_dtype()).min / 2:.9e}f"
+        return 0.0
+    return torch.finfo(mask.get_dtype()).min / 2
 
 
 def _formulas(constants: Constants) -> str:
@@ -178,7 +179,23 @@ def _lower(
     size = [batch, query_heads, query_rows, sympy.Integer(value_dim)]
     strides = ir.FlexibleLayout.contiguous_strides(size)
     output = ir.FixedLayout(device_of(query), query.get_dtype(), size, strides)
+    if generates_triton(device_of(query)):
+        return _lower_to_triton(inputs, output, constants)
     return emit(AlignedReadAttention(inputs, output, constants))
+
+
+def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, constants: Constants) -> ir.TensorBox:
+    from .triton.attention import Read, Settings  # triton need not be installed for CPUs
+
+    mask = inputs.get("mask")
+    strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
+    settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)
+    attention = {name: node for name, node in inputs.items() if name != "counters"}
+    read = Read(attention, strides, mask_minimum(mask), settings)
+    result = read.read(output)
+    if "counters" in inputs:
+        read.count(inputs["counters"], constants.site)
+    return result
 
 
 def register() -> None:

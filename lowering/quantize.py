@@ -10,8 +10,9 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
 from .. import layout, ops
+from ..torch_private import generates_triton
 from .arena_text import arena_header
-from .cpp_kernel import Kernel, Template, dummy_layout, emit, realize, render
+from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render
 from .isa import chosen_isa
 
 
@@ -58,6 +59,11 @@ def _lower(planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positio
         "value": realize(value),
         "positions": realize(positions, contiguous_last=False),
     }
+    if generates_triton(device_of(planes)):
+        from .triton.quantize import lower  # triton need not be installed for CPUs
+
+        lower(inputs["planes"], inputs["key"], inputs["value"], inputs["positions"], sympy.sympify(capacity))
+        return
     emit(QuantizeOnWrite(inputs, sympy.sympify(capacity), key_dim, value_dim))
 
 

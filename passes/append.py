@@ -21,9 +21,9 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from alignedkv_compile.layout import ArenaLayout
+from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
 from alignedkv_compile.ops import quantize_on_write
-from alignedkv_compile.torch_private import fresh_size
+from alignedkv_compile.torch_private import fresh_size, generates_triton
 
 from .editor import GraphEditor
 from .find_dynamic import metadata_readers
@@ -34,6 +34,8 @@ from .symbols import express, inputs_by_symbol
 
 EXAMPLE_CAPACITY = 64
 """Rows of the example buffer; the compiled code is for any number."""
+MAX_INDEX = 2**31 - 1
+"""Largest offset into a buffer or an arena that 32-bit indexing reaches."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def rewrite_append(
     with editor.before(later.next, later):
         past_length = express(fake(pair.key).shape[2], symbols, editor.function)
         length = _plus(past_length, pair.new_rows, editor)
-        steps = editor.function(torch.arange, pair.new_rows, device=torch.device("cpu"))
+        steps = editor.function(torch.arange, pair.new_rows, device=fake(pair.key).device)
         positions = editor.function(operator.add, steps, past_length)  # type: ignore[arg-type]
         editor.method("index_copy_", inputs.key_buffer, 2, positions, new_key)
         editor.method("index_copy_", inputs.value_buffer, 2, positions, new_value)
@@ -84,6 +86,19 @@ def rewrite_append(
     return inputs
 
 
+def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Rows that a buffer may have in compiled code; None where there is no limit.
+
+    Where Inductor generates Triton, it indexes with 32 bits and guards on sizes; but nobody could evaluate a guard on the
+    capacity, which is no size of Dynamo's. So the capacity is declared to be small enough, and the runtime sees to it.
+    """
+    if not generates_triton(key.device):
+        return None
+    heads = constant(key.shape[0]) * constant(key.shape[1])
+    arena = ArenaLayout(heads, BLOCK_ROWS, constant(key.shape[3]), constant(value.shape[3]))
+    return MAX_INDEX // arena.total * BLOCK_ROWS
+
+
 def _plus(past_length: object, rows: int, editor: GraphEditor) -> Node | int:
     if isinstance(past_length, int):
         return past_length + rows
@@ -95,14 +110,15 @@ def _inputs(pair: AppendPair, number: int, editor: GraphEditor, *, with_planes: 
     key, value = fake(pair.key), fake(pair.value)
     batch = key.shape[0]
     heads, key_dim, value_dim = constant(key.shape[1]), constant(key.shape[3]), constant(value.shape[3])
-    capacity = fresh_size(editor.fake_mode, EXAMPLE_CAPACITY, f"alignedkv_capacity_{number}")
+    largest = largest_capacity(key, value)
+    capacity = fresh_size(editor.fake_mode, EXAMPLE_CAPACITY, f"alignedkv_capacity_{number}", largest)
     # The layout is written for ints; symbolic sizes compute alike.
     arena = ArenaLayout(batch * heads, cast(int, capacity), key_dim, value_dim)
     names = [f"alignedkv_{part}_{number}" for part in ("key_buffer", "value_buffer", "append_planes")]
     return AppendInputs(
-        key_buffer=editor.placeholder(names[0], (batch, heads, capacity, key_dim), key.dtype),
-        value_buffer=editor.placeholder(names[1], (batch, heads, capacity, value_dim), value.dtype),
-        planes=editor.placeholder(names[2], (arena.total,), torch.uint8) if with_planes else None,
+        key_buffer=editor.placeholder(names[0], (batch, heads, capacity, key_dim), key.dtype, key.device),
+        value_buffer=editor.placeholder(names[1], (batch, heads, capacity, value_dim), value.dtype, key.device),
+        planes=editor.placeholder(names[2], (arena.total,), torch.uint8, key.device) if with_planes else None,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from alignedkv_compile.layout import MAX_HEAD_DIM
-from alignedkv_compile.torch_private import FakeTensor
+from alignedkv_compile.torch_private import FakeTensor, generates_triton
 
 from .nodes import Declined, arguments, constant, depends_on_data, fake, same, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall
@@ -45,7 +45,7 @@ def check_cache_tensor(node: Node, name: str) -> None:
         raise Declined(f"{name} is a tensor subclass ({type(tensor).__name__})")
     if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
         raise Declined(f"{name} is sparse, nested or quantized")
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" and not generates_triton(tensor.device):
         raise Declined(f"no lowering for device {tensor.device.type} yet")
     if tensor.dim() != 4:
         raise Declined(f"{name} has {tensor.dim()} dimensions, not 4")

@@ -37,15 +37,17 @@ class GraphEditor:
         self.replaced: dict[str, object] = {}
         self._origin: Node | None = None
 
-    def placeholder(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Node:
-        """Append a graph input: a contiguous CPU tensor."""
+    def placeholder(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype, device: torch.device) -> Node:
+        """Append a graph input: a contiguous tensor that lives at one address from call to call."""
         with self.fake_mode:
-            value = torch.empty(shape, dtype=dtype)
+            value = torch.empty(shape, dtype=dtype, device=device)
         last = [node for node in self.graph.nodes if operation(node) == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         node.meta["example_value"] = value
         node._dynamo_source = None  # AOTAutograd insists on the attribute
+        # CUDA graphs take mutated inputs only where their addresses seldom change; "unguarded": a new one means recording anew
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         self.added.append(node)
         return node
 

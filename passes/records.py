@@ -240,6 +240,7 @@ class AppendBinding:
         key_outputs, value_outputs: positions among Dynamo's graph outputs that the caller fills with views of the
             buffers' live prefix; the rewritten graph does not return them.
         new_rows: how many rows a call appends (query lengths are specialised, so it is an int).
+        largest_capacity: rows that the compiled code can address in a buffer, or None.
     """
 
     key_input: int
@@ -250,6 +251,7 @@ class AppendBinding:
     key_outputs: tuple[int, ...]
     value_outputs: tuple[int, ...]
     new_rows: int
+    largest_capacity: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.torch_private import detect_fake_mode
 
-from .append import AppendInputs, rewrite_append
+from .append import AppendInputs, largest_capacity, rewrite_append
 from .editor import GraphEditor
 from .nodes import fake
 from .records import AppendBinding, AppendPair, Pairing, RewrittenGraph, SiteReport, StaticBinding, StaticPair
@@ -68,6 +68,7 @@ class Rewriting:
             key_outputs=tuple(position for position, value in enumerate(self.outputs) if value is pair.key_result),
             value_outputs=tuple(position for position, value in enumerate(self.outputs) if value is pair.value_result),
             new_rows=pair.new_rows,
+            largest_capacity=largest_capacity(fake(pair.key), fake(pair.value)),
         )
 
 
@@ -80,7 +81,7 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     inputs = tuple(node for node in module.graph.nodes if node.op == "placeholder")
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
     editor = GraphEditor(module)
-    counters = _counters(editor, sites) if options.stats and pairing.rewritten else None
+    counters = _counters(editor, sites, pairing) if options.stats and pairing.rewritten else None
     static, append = [], []
     for number, pair in enumerate(pairing.static):
         planes = rewrite_static(pair, number, editor, options, counters)
@@ -91,12 +92,14 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     return Rewriting(editor, inputs, outputs, tuple(static), tuple(append), counters)
 
 
-def _counters(editor: GraphEditor, sites: int) -> Node:
-    return editor.placeholder("alignedkv_counters", (sites, len(COUNTER_FIELDS)), torch.int64)
+def _counters(editor: GraphEditor, sites: int, pairing: Pairing) -> Node:
+    pairs: list[StaticPair | AppendPair] = [*pairing.static, *pairing.append]
+    return editor.placeholder("alignedkv_counters", (sites, len(COUNTER_FIELDS)), torch.int64, fake(pairs[0].key).device)
 
 
 def _example_inputs(added: list[Node], example_inputs: Sequence[object]) -> list[torch.Tensor]:
     """Fakes for the new inputs, in the mode that Dynamo compiles under."""
     mode = detect_fake_mode(list(example_inputs)) or contextlib.nullcontext()
     with mode:
-        return [torch.empty(tuple(fake(node).shape), dtype=fake(node).dtype) for node in added]
+        fakes = [fake(node) for node in added]
+        return [torch.empty(tuple(one.shape), dtype=one.dtype, device=one.device) for one in fakes]

@@ -50,7 +50,7 @@ def _planes(pair: StaticPair, number: int, editor: GraphEditor) -> Node:
     key, value = fake(pair.key), fake(pair.value)
     heads = key.shape[0] * constant(key.shape[1])
     size = ArenaLayout(heads, key.shape[2], constant(key.shape[3]), constant(value.shape[3])).total
-    return editor.placeholder(f"alignedkv_planes_{number}", (size,), torch.uint8)
+    return editor.placeholder(f"alignedkv_planes_{number}", (size,), torch.uint8, key.device)
 
 
 def _capacity(pair: StaticPair, editor: GraphEditor) -> Node | int:

@@ -16,6 +16,8 @@ import pytest
 _caches = tempfile.mkdtemp(prefix="alignedkv-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_caches, "inductor")
 os.environ["TRITON_CACHE_DIR"] = os.path.join(_caches, "triton")
+os.environ["TRITON_INTERPRET"] = "1"  # no GPU is used: generated Triton is interpreted (tests/triton)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's own default, without its warning
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.pop("TORCH_LOGS", None)

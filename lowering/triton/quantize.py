@@ -1,0 +1,41 @@
+"""``quantize_on_write`` as a Triton kernel."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.virtualized import V
+
+from ...layout import BLOCK_ROWS, ArenaLayout
+from .constants import head_constants
+from .kernel import contiguous, emit
+from .tuning import write_launch
+
+
+def lower(planes: ir.IRNode, key: ir.IRNode, value: ir.IRNode, positions: ir.IRNode, capacity: sympy.Expr) -> None:
+    """Arguments as :data:`alignedkv_compile.ops.quantize_on_write`, realized, with contiguous last dimensions."""
+    static = V.graph.sizevars.guard_int
+    batch, heads, rows, _ = key.get_size()
+    arena = ArenaLayout(1, 1, static(key.get_size()[3]), static(value.get_size()[3]))
+    device = planes.get_device()
+    assert device is not None
+    constants = head_constants(arena)
+    constants |= {
+        "HEADS": static(heads),
+        "BLOCK": BLOCK_ROWS,
+        "SCAN": 1024,
+        "DP": constants["DP"],
+        "VP": constants["VP"],
+        "RECORD": arena.block_record,
+    }
+    sizes = [batch * heads, rows, capacity, *key.get_stride()[:3], *value.get_stride()[:3], *positions.get_stride()]
+    emit(
+        "quantize_on_write",
+        {"PLANES": planes, "KEY": key, "VALUE": value, "POSITIONS": positions},
+        ["PLANES"],
+        contiguous(device, torch.int32, 1),  # Inductor wants an output even of a kernel that only mutates
+        sizes,
+        constants,
+        [write_launch(arena.key_dim, arena.value_dim)],
+    )

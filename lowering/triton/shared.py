@@ -1,0 +1,88 @@
+"""The functions that all kernels share, with what they take from the layout and the error model printed into them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from ... import layout, precision
+from ...layout import ArenaLayout
+
+SECTIONS = ("key_scale", "value_scale", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A Triton expression that arithmetic extends; what :class:`ArenaLayout` returns for sizes known only at run time."""
+
+    text: str
+
+    def __add__(self, other: object) -> Text:
+        return Text(f"({self.text} + {other})")
+
+    def __radd__(self, other: object) -> Text:
+        return Text(f"({other} + {self.text})")
+
+    def __mul__(self, other: object) -> Text:
+        return Text(f"({self.text} * {other})")
+
+    def __floordiv__(self, other: object) -> Text:
+        return Text(f"({self.text} // {other})")
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class TextLayout(ArenaLayout):
+    """The arena's layout with the bytes of a row and a record as names too."""
+
+    key_plane_row = Text("KH")  # type: ignore[assignment]
+    value_plane_row = Text("VH")  # type: ignore[assignment]
+    block_record = Text("RECORD")  # type: ignore[assignment]
+
+
+def _section_functions() -> str:
+    arena = TextLayout(Text("pairs"), Text("capacity"), 0, 0)  # type: ignore[arg-type]
+    functions = [
+        f"@triton.jit\ndef arena_{name}(pairs, capacity, KH: tl.constexpr, VH: tl.constexpr, RECORD: tl.constexpr):\n"
+        f'    """Byte offset of the section {name}."""\n    return {getattr(arena, name)}\n'
+        for name in SECTIONS
+    ]
+    functions += [
+        f"@triton.jit\ndef arena_{name}(capacity):\n    return {getattr(arena, name)}\n" for name in ("rows", "blocks")
+    ]
+    return "\n\n".join(functions)
+
+
+def _formulas() -> str:
+    print_function = precision.print_triton_function
+    return "\n\n\n".join(
+        [
+            print_function("error_budget", "budget", ("R",), ("alpha", "u")),
+            print_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
+            print_function("addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), ("D",)),
+            print_function("threshold", "threshold", ("B", "E", "N")),
+            print_function("remaining_budget", "remaining_budget", ("B", "left")),
+            print_function("key_coefficient_4", "key_coefficient", ("q",), values={"b": 4}),
+            print_function("key_coefficient_8", "key_coefficient", ("q",), values={"b": 8}),
+            print_function(
+                "predicted_bytes",
+                "predicted_bytes",
+                ("rows_K", "rows_K8", "rows_V", "rows_V4", "rows_V8"),
+                ("plane_K", "plane_V", "row_K", "row_V"),
+            ),
+            print_function("weight_error_factor", "weight_error_factor", ("x",), double=False),
+        ]
+    )
+
+
+@functools.cache
+def shared_functions() -> str:
+    """Text of ``templates/functions.py.jinja``."""
+    folder = Path(__file__).parent / "templates"
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined)
+    text = environment.get_template("functions.py.jinja")
+    return text.render(layout=layout, formulas=_formulas(), sections=_section_functions())

@@ -1,0 +1,270 @@
+"""The aligned read as Triton, in the interpreter, against the reference and float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import (
+    SUM_ERROR,
+    Case,
+    added_error_in_rho,
+    exact,
+    make_case,
+    relative_errors,
+    run_kernel,
+    run_reference,
+    without_planes,
+    write_planes,
+)
+from hypothesis import given, target
+from hypothesis import strategies as st
+from triton_cases import row_ordered_planes, run_triton
+from triton_interpreter import interpreted
+
+from alignedkv_compile import ops
+from alignedkv_compile.layout import BLOCK_ROWS
+
+FLIP_BUDGET = 0.25
+"""Two paths may disagree on rows that sit on a threshold, each of which moves the output by at most theta, far below the whole
+budget alpha * rho."""
+KAPPA = 1 / math.sqrt(8 * math.log(2))
+
+
+def agreement_budget(case: Case) -> float:
+    """Largest relative difference of two paths that take the same decisions but for a few rows on a threshold."""
+    rounding = torch.finfo(case.query.dtype).eps if case.query.dtype != torch.float32 else 0.0
+    return FLIP_BUDGET * case.tolerance * KAPPA * case.roundoff + 8 * SUM_ERROR + rounding
+
+
+def check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:
+    """As the reference counts, but for rows on a threshold; bytes may be fewer: single rows are read, not groups of 16. When a
+    pair ends up streamed, its refined K rows have been read too: that the read would cost too much is known one
+    kernel later."""
+    for name in ("calls", "rows", "bytes_full"):
+        assert counts[name] == expected[name], name
+    for name in ops.COUNTER_FIELDS:
+        slack = 0.01 * expected[name] + 8 * (64 if name == "bytes_read" else 1)
+        if name == "bytes_read" and expected["key_rows_full"] > expected["key_rows_mid"]:
+            slack += expected["bytes_full"] / 8
+        assert counts[name] <= expected[name] + slack, name
+        assert name == "bytes_read" or counts[name] >= expected[name] - slack, name
+
+
+SHAPES = [
+    {"group": 3, "key_dim": 64},
+    {"group": 1, "heads": 1, "key_dim": 128, "rows": 1500, "dtype": torch.float16},
+    {"group": 4, "heads": 1, "key_dim": 80, "value_dim": 48, "query_rows": 4, "batch": 2, "peak": 6.0},
+    {"group": 5, "heads": 1, "key_dim": 21, "value_dim": 9, "dtype": torch.float32, "unit_roundoff": 2.0**-8, "peak": 4.0},
+    {"group": 2, "key_dim": 96, "query_rows": 16, "query_dtype": torch.bfloat16, "rows": 640, "peak": 8.0, "tolerance": 4.0},
+    {"group": 1, "heads": 1, "key_dim": 512, "value_dim": 256, "rows": 300},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(f"{k}={v}" for k, v in shape.items()))
+def test_agrees_with_the_reference(shape: dict[str, object]) -> None:
+    case = make_case(**shape)  # type: ignore[arg-type]
+    result, expected = run_triton(case, row_ordered_planes(case)), run_reference(case, write_planes(case))
+    assert relative_errors(result.output, expected.output.double()).max() <= agreement_budget(case)
+    check_counts(result.counts, expected.counts)
+    assert result.counts["key_rows_mid"] > result.counts["key_rows_full"] > 0
+    assert result.output.dtype == case.query.dtype
+    if case.query.dtype == torch.float32:
+        assert added_error_in_rho(case, result.output).max() > 0.01, "bits were skipped, so the result cannot be exact"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tolerance_zero_is_plain_attention(dtype: torch.dtype) -> None:
+    case = without_planes(make_case(rows=400, group=3, dtype=dtype))
+    result = run_triton(case, row_ordered_planes(case))
+    assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
+    assert result.counts["bytes_read"] == result.counts["bytes_full"] == 2 * 400 * 128 * dtype.itemsize
+
+
+@pytest.mark.parametrize("reason", ["stale", "min_context", "expensive", "extreme norms"])
+def test_when_all_bits_are_read(reason: str) -> None:
+    case = make_case(rows=300, min_context=301 if reason == "min_context" else 0)
+    if reason == "expensive":
+        case = replace(case, unit_roundoff=2.0**-20)
+    if reason == "extreme norms":
+        case = replace(case, value=case.value * 2.0**60)
+    result = run_triton(case, row_ordered_planes(case, valid=reason != "stale"))
+    expected = run_reference(case, write_planes(case, valid=reason != "stale"))
+    assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
+    for name, count in expected.counts.items():
+        assert name == "bytes_read" or result.counts[name] == count, name
+    assert result.counts["bytes_read"] >= result.counts["bytes_full"]
+
+
+def masks(rows: int) -> dict[str, torch.Tensor]:
+    """Masks of every kind for 4 query rows, 2 x 3 heads and a batch of 2."""
+    generator = torch.Generator().manual_seed(3)
+    causal = torch.arange(rows) <= torch.arange(rows - 4, rows)[:, None]
+    padded = causal & (torch.arange(rows) >= torch.tensor([0, 200])[:, None, None])
+    additive = torch.zeros(1, 1, 4, rows).masked_fill(~causal, torch.finfo(torch.float32).min)
+    return {
+        "left padding": padded[:, None],
+        "random": torch.rand(2, 1, 4, rows, generator=generator) < 0.7,
+        "half empty": (torch.arange(rows) < rows // 2)[None, None, None],
+        "finfo.min": additive,
+        "bfloat16 finfo.min": torch.zeros(1, 1, 4, rows).masked_fill(~causal, torch.finfo(torch.bfloat16).min).bfloat16(),
+        "position bias per head": torch.randn(1, 6, 4, rows, generator=generator).masked_fill(~causal, -torch.inf),
+        "some rows prohibited": torch.where(torch.arange(4)[:, None] == 1, torch.finfo(torch.float32).min, additive),
+        "nothing allowed (bool)": causal[None, None] & (torch.arange(4)[:, None] != 2),
+    }
+
+
+@pytest.mark.parametrize("name", list(masks(8)))
+@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+def test_masks(name: str, tolerance: float) -> None:
+    rows = 400
+    mask = masks(rows)[name]
+    case = make_case(batch=2, query_rows=4, rows=rows, mask=mask, tolerance=tolerance)
+    result = run_triton(case, row_ordered_planes(case))
+    expected = run_reference(case, write_planes(case))
+    stock = torch.nn.functional.scaled_dot_product_attention(
+        case.query, case.key.float(), case.value.float(), mask if mask.dtype == torch.bool else mask.float(), enable_gqa=True
+    )
+    budget = 4 * tolerance * KAPPA * case.roundoff + 16 * SUM_ERROR
+    torch.testing.assert_close(result.output, stock, rtol=0, atol=budget * float(stock.abs().max()))
+    check_counts(result.counts, expected.counts)
+    if name == "half empty":
+        assert result.counts["rows"] == 2 * 2 * rows // 2, "rows that no query row attends to are not read"
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+def test_a_masked_row_changes_nothing(poison: float, tolerance: float) -> None:
+    """Bit for bit: whatever masked rows hold, in K, V, their planes and their blocks."""
+    rows = 500
+    mask = torch.ones(1, 1, 2, rows, dtype=torch.bool)
+    mask[..., :70] = False
+    mask[..., 300:310] = False
+    mask[..., 0, 400:] = False  # seen by the other query row, with clean numbers
+    mask[..., 450:] = False
+    clean = make_case(query_rows=2, heads=1, rows=rows, mask=mask, tolerance=tolerance)
+    dead = ~mask.any(-2)[0, 0]
+    dirty = replace(clean, key=clean.key.clone(), value=clean.value.clone())
+    dirty.key[:, :, dead] = poison
+    dirty.value[:, :, dead] = poison
+    assert torch.equal(*(run_triton(case, row_ordered_planes(case)).output for case in (clean, dirty)))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+@pytest.mark.parametrize("where", ["query", "key", "value", "value, masked for one row", "key inf", "value inf"])
+def test_nan_and_inf_propagate_as_in_plain_attention(where: str, tolerance: float) -> None:
+    rows = 400
+    mask = torch.ones(1, 1, 4, rows, dtype=torch.bool)
+    mask[..., 2, 200:] = False
+    case = make_case(query_rows=4, rows=rows, mask=mask, tolerance=tolerance)
+    number = torch.inf if "inf" in where else torch.nan
+    if where == "query":
+        case.query[0, 1, 2, 3] = number
+    elif where.startswith("key"):
+        case.key[0, 1, 150, 5] = number
+    else:
+        case.value[0, 0, 250 if "masked" in where else 150, 5] = number
+    expected = exact(case)
+    if "masked" in where:  # plain attention computes 0 * NaN for the row that masks it; here it changes nothing
+        expected[:, :, 2] = exact(replace(case, value=case.value.nan_to_num(0.0)))[:, :, 2]
+    output = run_triton(case, row_ordered_planes(case)).output
+    assert torch.equal(torch.isfinite(output), torch.isfinite(expected))
+    finite = torch.isfinite(expected)
+    assert torch.equal(output[~finite & ~expected.isnan()].double(), expected[~finite & ~expected.isnan()])
+    budget = 4 * tolerance * KAPPA * case.roundoff + 16 * SUM_ERROR
+    largest = float(expected[finite].abs().max())
+    torch.testing.assert_close(output[finite].double(), expected[finite], rtol=0, atol=budget * largest)
+
+
+def test_length_bounds_what_is_read() -> None:
+    """Rows past the live length of a larger buffer may hold anything."""
+    case = make_case(rows=500, heads=1)
+    case.key[:, :, 300:] = torch.nan
+    case.value[:, :, 300:] = torch.nan
+    planes = row_ordered_planes(case)
+    for length in (1, 15, 16, 17, BLOCK_ROWS, 300):
+        short = replace(case, length=length)
+        result = run_triton(short, planes)
+        assert result.counts["rows"] == length
+        assert relative_errors(result.output, exact(short)).max() <= 6 * case.tolerance * KAPPA * case.roundoff
+
+
+def test_strided_operands_and_one_tensor_as_key_and_value() -> None:
+    case = make_case(batch=2, rows=300, query_rows=3)
+    wide = torch.zeros(2, 3, 320, 80, dtype=case.key.dtype)
+    key = wide[:, 1:, 10:310, :64]
+    key.copy_(case.key)
+    query = case.query.transpose(1, 3).contiguous().transpose(1, 3)
+    mask = torch.ones(1, 1, 1, 300, dtype=torch.bool).expand(2, 1, 3, 300)
+    value = case.value.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = replace(case, key=key, value=value, query=query, mask=mask)
+    expected = run_reference(case, write_planes(case))
+    result = run_triton(strided, row_ordered_planes(case))
+    assert relative_errors(result.output, expected.output.double()).max() <= agreement_budget(case)
+    shared = replace(case, value=case.key)
+    result = run_triton(shared, row_ordered_planes(shared))
+    assert relative_errors(result.output, exact(shared)).max() <= 6 * shared.tolerance * KAPPA * shared.roundoff
+
+
+def test_max_autotune_chooses_among_the_table() -> None:
+    """The benchmark says nothing here (nothing is timed), but the choice is generated, run and right."""
+    case = without_planes(make_case(rows=200, heads=1))
+    result = run_triton(case, None, max_autotune=True)
+    assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
+
+
+@pytest.fixture
+def _one_compilation() -> Iterator[None]:
+    """Rows are symbolic, so that examples share the compiled code; it is dropped where ``interpreted`` ends."""
+    with interpreted():
+        yield
+
+
+@pytest.mark.usefixtures("_one_compilation")
+@given(
+    rows=st.integers(1, 500),
+    peak=st.sampled_from([0.0, 0.5, 2.0, 6.0]),
+    tolerance=st.sampled_from([0.0, 1.0, 4.0]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 2**31),
+    mask_rate=st.sampled_from([None, 0.02, 0.5, 0.98]),
+    special=st.sampled_from(["none", "repeated rows", "sink", "outlier channel", "zeros", "tiny", "huge"]),
+)
+def test_any_values(
+    rows: int, peak: float, tolerance: float, dtype: torch.dtype, seed: int, mask_rate: float | None, special: str
+) -> None:
+    """Triton and reference agree, and Triton stays within a few budgets of float64 in every single output row."""
+    mask = None
+    if mask_rate is not None:
+        mask = torch.rand(1, 1, 1, rows, generator=torch.Generator().manual_seed(seed)) < mask_rate
+        mask[..., rows // 2] = True
+    roundoff = 2.0**-11 if dtype == torch.float32 else None
+    case = make_case(
+        heads=1, rows=rows, peak=peak, seed=seed, mask=mask, tolerance=tolerance, dtype=dtype, unit_roundoff=roundoff
+    )
+    exponent = 12 if dtype == torch.float16 else 60
+    if special == "repeated rows":
+        case.key[:] = case.key[:, :, :1]
+        case.value[:] = case.value[:, :, :1]
+    elif special == "sink":
+        case.key[:, :, 0] *= 4
+        case.value[:, :, 0] /= 64
+    elif special == "outlier channel":
+        case.key[..., 3] += 20
+    elif special == "zeros":
+        case.value[:] = 0
+    elif special in {"tiny", "huge"}:
+        case.value.mul_(2.0 ** (exponent if special == "huge" else -exponent))
+    result, expected = run_kernel(case, row_ordered_planes(case)), run_reference(case, write_planes(case))
+    if special == "zeros":
+        assert not result.output.any()
+        return
+    difference = float(relative_errors(result.output, expected.output.double()).max()) / (4 * agreement_budget(case))
+    added = float(added_error_in_rho(case, result.output).max()) / (6 * tolerance + 1)
+    target(difference, label="difference from the reference over its budget")
+    target(added, label="error against float64 over its budget")
+    assert difference <= 1
+    assert added <= 1
