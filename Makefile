@@ -46,7 +46,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
+	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/alignedkv_compile/evaluate $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
 	cd build/typed && MYPYPATH=../../benchmarks:../../examples ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py
 
