@@ -7,6 +7,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+EVAL_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick clean
+.PHONY: help venv demo demo-quick eval docs test test-all lint format typecheck bench bench-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +34,12 @@ demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by sid
 
 demo-quick: $(STAMP)  ## the same at a 2k context only (under 5 minutes)
 	$(BIN)/alignedkv demo --quick --json results/demo-quick.json $(DEMO_ARGS)
+
+eval: $(STAMP)  ## quality and bytes of SmolLM2 over a sweep of tolerances, beside stock and other methods (about 2 minutes)
+	$(BIN)/alignedkv eval --compare benchmarks/kv_cache_methods.py --json results/eval.json --html results/eval.html $(EVAL_ARGS)
+
+docs: $(STAMP)  ## write docs/formulas.md from the error model
+	$(BIN)/python -m alignedkv_compile.formula_page docs/formulas.md
 
 test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -97,14 +97,15 @@ class Aligned:
         self.name = aligned_name(tolerance)
         self._compiled: dict[object, GuardedGraph] = {}
 
-    def prepare(self, key: torch.Tensor, value: torch.Tensor) -> PreparedLayer:
+    def prepare(self, key: torch.Tensor, value: torch.Tensor) -> AlignedLayer:
+        """The layer's planes, written by the generated code."""
         if key.dtype not in UNIT_ROUNDOFF:
             raise EvaluationError(f"the cache is {key.dtype}; the read knows {', '.join(map(str, UNIT_ROUNDOFF))}")
         key, value = key.contiguous(), value.contiguous()
         planes = torch.zeros(arena_layout(key, value).total, dtype=torch.uint8)
         PLANE_BUILDER.rebuild(planes, key, value, key.shape[2])
         counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64)
-        return _AlignedLayer(self, key, value, planes, counters)
+        return AlignedLayer(self, key, value, planes, counters)
 
     def kernel(self, args: Sequence[torch.Tensor], scale: float) -> GuardedGraph:
         """The read of ``(query, key, value, planes, live, counters)``, compiled once per dtype and head shape."""
@@ -138,7 +139,9 @@ def aligned_name(tolerance: float) -> str:
 
 
 @dataclass(frozen=True)
-class _AlignedLayer:
+class AlignedLayer:
+    """A layer's cache with its planes; ``counters`` (int64 ``[1, len(COUNTER_FIELDS)]``) are those of the last step."""
+
     method: Aligned
     key: torch.Tensor
     value: torch.Tensor
