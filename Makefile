@@ -7,6 +7,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+EVAL_ARGS ?=
 
 VENV := .venv
 # Beside a CPU build of torch only: GPU builds come with a triton of their own, which a constraint would contradict.
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick test test-all lint format typecheck bench bench-quick gpu-codegen clean
+.PHONY: help venv demo demo-quick eval docs test test-all lint format typecheck bench bench-quick gpu-codegen clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +38,12 @@ demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by sid
 demo-quick: $(STAMP)  ## the same at a 2k context only (under 5 minutes)
 	$(BIN)/alignedkv demo --quick --json results/demo-quick.json $(DEMO_ARGS)
 
+eval: $(STAMP)  ## quality and bytes of SmolLM2 over a sweep of tolerances, beside stock and other methods (about 2 minutes)
+	$(BIN)/alignedkv eval --compare benchmarks/kv_cache_methods.py --json results/eval.json --html results/eval.html $(EVAL_ARGS)
+
+docs: $(STAMP)  ## write docs/formulas.md from the error model
+	$(BIN)/python -m alignedkv_compile.formula_page docs/formulas.md
+
 test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
@@ -49,7 +56,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
+	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/alignedkv_compile/evaluate $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
 	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py
 

@@ -1,4 +1,4 @@
-"""Schemas and fakes of the two operators that the passes write and the lowerings implement.
+"""Schemas and fakes of the operators that the passes write and the lowerings implement.
 
 Only ``torch`` is imported here: passes and lowerings meet at these names and never import each other. The meaning of the
 operators is :mod:`alignedkv_compile.reference`, which also runs whenever an operator is called outside Inductor.
@@ -37,6 +37,11 @@ _library.define(
     f"aligned_read_attention.counted({_ATTENTION_ARGUMENTS}, Tensor(a!) counters, int site) -> Tensor"
 )  # an overload, so that the uncounted operator is functional
 
+_library.define(f"certified_read_attention({_ATTENTION_ARGUMENTS}, Tensor(a!) bounds, int site) -> Tensor")
+_library.define(
+    f"certified_read_attention.counted({_ATTENTION_ARGUMENTS}, Tensor(a!) bounds, Tensor(b!) counters, int site) -> Tensor"
+)
+
 quantize_on_write = torch.ops.alignedkv.quantize_on_write
 """Write the narrow planes of new cache rows, in place.
 
@@ -72,6 +77,22 @@ Returns:
     ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``.
 """
 
+certified_read_attention = torch.ops.alignedkv.certified_read_attention
+"""The same with a certificate: the error of every output row is at most ``tolerance * unit_roundoff`` times the row's norm,
+whatever the cache holds (:mod:`alignedkv_compile.worst_case`).
+
+Args:
+    query, ..., min_context: as :data:`aligned_read_attention` takes them.
+    bounds: float32 ``[sites, Hq]``; row ``site`` becomes its maximum with this call's certificates, in units of
+        ``unit_roundoff`` times the output row's norm, the largest over batch and query rows of each head. 0 where all bits
+        were read.
+    counters: (overload ``counted``) as :data:`aligned_read_attention` takes them.
+    site: row of ``bounds`` and ``counters``.
+
+Returns:
+    ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``; rounding to it is not part of the certificate.
+"""
+
 
 @torch.library.register_fake(f"{NAMESPACE}::quantize_on_write")
 def _quantize_on_write_fake(
@@ -86,4 +107,5 @@ def _aligned_read_attention_fake(query: torch.Tensor, key: torch.Tensor, value: 
     return query.new_empty(batch, heads, rows, value.shape[-1])
 
 
-torch.library.register_fake(f"{NAMESPACE}::aligned_read_attention.counted")(_aligned_read_attention_fake)
+for _name in ("aligned_read_attention.counted", "certified_read_attention", "certified_read_attention.counted"):
+    torch.library.register_fake(f"{NAMESPACE}::{_name}")(_aligned_read_attention_fake)

@@ -6,8 +6,7 @@ file only in the order of floating-point sums, so a row that sits on a threshold
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -27,40 +26,31 @@ from .layout import (
     BLOCK_ROWS,
     COARSE_STEP,
     CODE_RANGE,
-    DITHER_MULTIPLIER,
     HEADROOM,
     MIDDLE_STEP,
     PLANES_VALID,
     SCORE_GROUP,
     ArenaLayout,
     arena_layout,
-    hadamard_blocks,
     padded_head_dim,
     score_ordered,
 )
 from .precision import EXPRESSIONS, NORM_RANGE, STREAM_FRACTION, evaluate
-
-INT8_MAX = 127
-
-
-def dither(positions: torch.Tensor) -> torch.Tensor:
-    """Row dither in steps of the 4-bit plane, float32 in [-1/2, 1/2), from int64 row numbers."""
-    word = (positions * DITHER_MULTIPLIER) & 0xFFFFFFFF
-    return (word - (1 << 31)).to(torch.float32) * 2.0**-32
-
-
-def hadamard(rows: torch.Tensor) -> torch.Tensor:
-    """Orthonormal block Hadamard transform of the last dimension, float32; its own inverse."""
-    blocks = []
-    for block in rows.float().split(hadamard_blocks(rows.shape[-1]), -1):
-        size, half = block.shape[-1], 1
-        while half < size:
-            pairs = block.reshape(*rows.shape[:-1], size // (2 * half), 2, half)
-            low, high = pairs[..., 0, :], pairs[..., 1, :]
-            block = torch.stack([low + high, low - high], -2).reshape(*rows.shape[:-1], size)
-            half *= 2
-        blocks.append(block * size**-0.5)
-    return torch.cat(blocks, -1)
+from .reference_head import (
+    INT8_MAX,
+    HeadCall,
+    ReadCounts,
+    block_means,
+    dequantize,
+    dither,
+    group_bias,
+    hadamard,
+    masked_scores,
+    masked_softmax,
+    read_full,
+    skipped_output,
+)
+from .reference_worst_case import read_certified
 
 
 def encode(rows: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,24 +105,6 @@ def _sum_blocks(views: ArenaViews, values: torch.Tensor, positions: torch.Tensor
         views.value_count[:, block] = torch.where(usable, place + 1, -1).to(torch.int32)
 
 
-@dataclass
-class ReadCounts:
-    """Rows and bytes that one operator call has read, summed over batch and KV heads."""
-
-    bytes_read: float = 0
-    bytes_full: float = 0
-    rows: int = 0
-    key_rows_mid: int = 0
-    key_rows_full: int = 0
-    value_rows_hi: int = 0
-    value_rows_mid: int = 0
-    value_rows_full: int = 0
-
-    def add_to(self, counters: torch.Tensor, site: int) -> None:
-        fields = [1, *(int(getattr(self, name)) for name in ops.COUNTER_FIELDS[1:])]
-        counters[site] += torch.tensor(fields, dtype=torch.int64, device=counters.device)
-
-
 @torch.library.impl(f"{ops.NAMESPACE}::aligned_read_attention", "CompositeExplicitAutograd")
 def aligned_read_attention(
     query: torch.Tensor,
@@ -174,6 +146,23 @@ def aligned_read_attention_counted(
     return output
 
 
+@torch.library.impl(f"{ops.NAMESPACE}::certified_read_attention", "CompositeExplicitAutograd")
+def certified_read_attention(*arguments: Any) -> torch.Tensor:
+    """See :data:`alignedkv_compile.ops.certified_read_attention`."""
+    *call, bounds, site = arguments
+    return _attention(*call, counts=ReadCounts(), bounds=bounds[site])
+
+
+@torch.library.impl(f"{ops.NAMESPACE}::certified_read_attention.counted", "CompositeExplicitAutograd")
+def certified_read_attention_counted(*arguments: Any) -> torch.Tensor:
+    """The same, adding what was read to row ``site`` of ``counters``."""
+    *call, bounds, counters, site = arguments
+    counts = ReadCounts()
+    output = _attention(*call, counts=counts, bounds=bounds[site])
+    counts.add_to(counters, site)
+    return output
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -187,7 +176,9 @@ def _attention(
     min_context: int,
     *,
     counts: ReadCounts,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Both operators. With ``bounds`` (float32 ``[Hq]``, raised to this call's certificates) every read is certified."""
     batch, query_heads, query_rows, _ = query.shape
     heads, value_dim = key.shape[1], value.shape[-1]
     group = query_heads // heads
@@ -197,8 +188,8 @@ def _attention(
     for index in range(batch * heads):
         b, h = divmod(index, heads)
         selected = slice(h * group, (h + 1) * group)
-        bias, attended = _bias(mask, b, selected, group, query_rows, length, query.device)
-        call = _HeadCall(
+        bias, attended = group_bias(mask, b, selected, group, query_rows, length, query.device)
+        call = HeadCall(
             query=query[b, selected].reshape(group * query_rows, -1).float(),
             key=key[b, h, :length],
             value=value[b, h, :length],
@@ -212,87 +203,22 @@ def _attention(
         span = int(live[-1] - live[0]) + 1 if len(live) else 0
         result = None
         if views is not None and span >= max(min_context, 1) and torch.isfinite(call.query).all():
-            result = _read_aligned(call, views, index, counts)
+            if bounds is None:
+                result = _read_aligned(call, views, index, counts)
+            else:
+                certified = read_certified(call, views, index, counts)
+                result = None if certified is None else certified.output
+                if certified is not None:
+                    size = certified.output.norm(dim=-1) * unit_roundoff
+                    relative = torch.where(size > 0, certified.bound / size, 0.0).view(group, query_rows).amax(1)
+                    bounds[selected] = torch.maximum(bounds[selected], relative.to(bounds.dtype))
         if result is None:
-            result = _read_full(call, counts)
+            result = read_full(call, counts, torch.float32 if bounds is None else torch.float64)
         output[b, selected] = result.view(group, query_rows, value_dim).to(output.dtype)
     return output
 
 
-@dataclass(frozen=True)
-class _HeadCall:
-    """One KV head's part of a call: ``M`` query rows of its group over ``T`` cache rows.
-
-    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    bias: torch.Tensor | None
-    attended: torch.Tensor
-    scale: float
-    tolerance: float
-    unit_roundoff: float
-
-
-def _bias(
-    mask: torch.Tensor | None, batch: int, selected: slice, group: int, query_rows: int, length: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Additive bias and attended rows of one group, ``[group * Q, T]``.
-
-    A floating mask at or below half of its dtype's minimum is no bias but a prohibition; only a query row that is allowed
-    nothing else falls back to adding it, which is what plain attention computes (a uniform average for a row of ``finfo.min``).
-    """
-    if mask is None:
-        return None, torch.ones(group * query_rows, length, dtype=torch.bool, device=device)
-    rows = mask[batch if mask.shape[0] > 1 else 0]
-    rows = rows[selected] if rows.shape[0] > 1 else rows.expand(group, -1, -1)
-    rows = rows.expand(group, query_rows, rows.shape[-1])
-    rows = (rows.expand(-1, -1, length) if rows.shape[-1] == 1 else rows[..., :length]).reshape(group * query_rows, length)
-    if rows.dtype == torch.bool:
-        return None, rows
-    bias = rows.float()
-    attended = ~(bias <= torch.finfo(rows.dtype).min / 2)
-    nothing = ~attended.any(-1)
-    attended = torch.where(nothing[:, None], bias > -math.inf, attended)
-    return bias, attended
-
-
-def _scores(call: _HeadCall, scores: torch.Tensor) -> torch.Tensor:
-    if call.bias is not None:
-        scores = scores + call.bias
-    return scores.masked_fill(~call.attended, -math.inf)
-
-
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over rows in which a fully masked query row gives zeros, as ``scaled_dot_product_attention`` does."""
-    weights = scores.softmax(-1)
-    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
-
-
-def _read_full(call: _HeadCall, counts: ReadCounts) -> torch.Tensor:
-    """Plain attention in float32 over the rows that any query row attends to."""
-    rows = call.attended.any(0)
-    keys, values = call.key[rows].float(), call.value[rows].float()
-    live = int(rows.sum())
-    size = live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
-    counts.bytes_read += size
-    counts.bytes_full += size
-    counts.rows += live
-    counts.key_rows_full += live
-    counts.value_rows_full += live
-    bias = call.bias[:, rows] if call.bias is not None else None
-    scores = call.query @ keys.T * call.scale
-    scores = scores if bias is None else scores + bias
-    attended = call.attended[:, rows]
-    weights = _softmax(scores.masked_fill(~attended, -math.inf))
-    if not bool(torch.isfinite(values).all()):  # a masked row changes nothing, whatever it holds
-        return torch.stack([w[a] @ values[a] for w, a in zip(weights, attended, strict=True)])
-    return weights @ values
-
-
-def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCounts) -> torch.Tensor | None:
+def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCounts) -> torch.Tensor | None:
     """The read policy of docs/policy.md for one KV head; None when streaming everything is cheaper."""
     length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
     live = call.attended.any(0)
@@ -316,8 +242,8 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     scores = dots * (query_step * call.scale * COARSE_STEP / CODE_RANGE) * key_scale
     if bool(special_keys.any()):
         scores[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
-    scores = _scores(call, scores)
-    weights = _softmax(scores)
+    scores = masked_scores(call, scores)
+    weights = masked_softmax(scores)
 
     # statistics of the weights, and which V rows a block mean may answer for
     norm = mixed.norm(dim=-1) * call.scale
@@ -327,7 +253,7 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     output_norm = (weights * value_norm).square().sum(-1).sqrt()
     finite_key = torch.where(torch.isfinite(key_scale) & live, key_scale, 0.0)
     finite_value = torch.where(torch.isfinite(value_scale) & live, value_scale, 0.0)
-    skippable, means = _block_means(call, views, head)
+    skippable, means = block_means(call, views, head)
     kept = ~skippable & live
     common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms_value, "D": value_dim}
     skip_errors = weights * value_norm.clamp_min(rms_value)
@@ -337,9 +263,9 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     kept = (kept & live) | special_values
 
     # 2. those V rows at 4 bits give the output's norm, hence the threshold of every addend
-    value_high = _dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
+    value_high = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
     value_high = torch.where(special_values[:, None], call.value.float(), value_high)
-    coarse = weights[:, kept] @ value_high[kept] + _skipped_output(weights, kept, means)
+    coarse = weights[:, kept] @ value_high[kept] + skipped_output(weights, kept, means)
     coarse = torch.where(torch.isfinite(coarse), coarse, 0.0)  # a NaN in V spoils its own element, not the thresholds
     output_norm = torch.maximum(output_norm, coarse.norm(dim=-1))
     spread = (value_norm.square() + output_norm[:, None].square()).sqrt()
@@ -395,7 +321,7 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float() - 7.5
     correction = (query_int8 * query_step) @ middle.T * (call.scale * MIDDLE_STEP / CODE_RANGE) * key_scale
     scores = torch.where(refined, scores + correction, scores)
-    weights = _softmax(scores)
+    weights = masked_softmax(scores)
     for row in range(weights.shape[0]):
         errors = key_errors[row]
         remaining = evaluate("remaining_budget", B=budgets[row], left=float(errors[errors <= thresholds[row]].square().sum()))
@@ -404,8 +330,8 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     key_addend, value_addend = weights * finite_key * spread, weights * finite_value
     exact_keys = refined & (key_addend * column(key_8) > theta).any(0)
     exact = call.query @ torch.where(exact_keys[:, None], call.key.float(), 0.0).T * call.scale
-    scores = torch.where(exact_keys, _scores(call, exact), scores)
-    weights = _softmax(scores)
+    scores = torch.where(exact_keys, masked_scores(call, exact), scores)
+    weights = masked_softmax(scores)
 
     # 4. V rows likewise, among those kept in 2
     value_addend = weights * finite_value
@@ -418,11 +344,11 @@ def _read_aligned(call: _HeadCall, views: ArenaViews, head: int, counts: ReadCou
     values = torch.where(exact_values[:, None], call.value.float(), values)
 
     # 5. the sum, in which block means answer for the rows not read
-    result = weights[:, kept] @ values[kept] + _skipped_output(weights, kept, means)
+    result = weights[:, kept] @ values[kept] + skipped_output(weights, kept, means)
     if bool(special_values.any()):  # 0 * Inf must not reach query rows that are masked from the row
         attended = call.attended
         result = torch.stack([w[kept & a] @ values[kept & a] for w, a in zip(weights, attended, strict=True)])
-        result += _skipped_output(weights, kept, means)
+        result += skipped_output(weights, kept, means)
 
     counts.rows += live_rows
     counts.bytes_full += full
@@ -443,29 +369,3 @@ def _weight_error(sigma: torch.Tensor) -> torch.Tensor:
 
 
 _weight_error_factor = sympy.lambdify(sympy.Symbol("x", positive=True), EXPRESSIONS["weight_error_factor"], "math")
-
-
-def _dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
-    return (high.float() - 7.5 - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
-
-
-def _block_means(call: _HeadCall, views: ArenaViews, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows ``[T]`` lie in a block whose mean may stand in for them, and the means ``[blocks, Dv]``.
-
-    A block qualifies when it is complete and every query row attends to all of it: a masked row is never part of a mean.
-    """
-    length = call.attended.shape[-1]
-    blocks = views.value_count.shape[-1]
-    attended = torch.nn.functional.pad(call.attended.all(0), (0, blocks * BLOCK_ROWS - length))[: blocks * BLOCK_ROWS]
-    complete = attended.view(blocks, BLOCK_ROWS).all(-1) & (views.value_count[head] == BLOCK_ROWS)
-    means = torch.where(complete[:, None], views.value_sum[head] / BLOCK_ROWS, 0.0)
-    return complete.repeat_interleave(BLOCK_ROWS)[:length], means
-
-
-def _skipped_output(weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """Output of the rows not read: each block's mean times the weight skipped in it."""
-    skipped = weights.masked_fill(kept, 0.0)
-    blocks = means.shape[0]
-    skipped = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - skipped.shape[-1]))
-    return skipped.view(-1, blocks, BLOCK_ROWS).sum(-1) @ means

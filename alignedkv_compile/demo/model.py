@@ -73,7 +73,20 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
     Raises:
         DemoUnavailableError: the weights, ``transformers``, ``gguf`` or ``accelerate`` are missing.
     """
-    weights = find_weights()
+    return load_gguf(find_weights(), dtype, "SmolLM2-135M-Instruct")
+
+
+def load_gguf(weights: Path, dtype: torch.dtype, name: str) -> LoadedModel:
+    """Load a causal language model and its tokenizer from a GGUF file, dequantized to ``dtype``.
+
+    Args:
+        weights: the file.
+        dtype: of the model.
+        name: what to call it in tables.
+
+    Raises:
+        DemoUnavailableError: ``transformers``, ``gguf`` or ``accelerate`` are missing.
+    """
     for module in ("transformers", "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise DemoUnavailableError(f"the demo needs {module!r}; install what it needs with: {INSTALL_EXTRA}")
@@ -88,4 +101,4 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model.eval().requires_grad_(False)
-    return LoadedModel("SmolLM2-135M-Instruct", model, tokenizer, int(model.config.max_position_embeddings))
+    return LoadedModel(name, model, tokenizer, int(model.config.max_position_embeddings))

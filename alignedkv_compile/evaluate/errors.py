@@ -1,0 +1,7 @@
+"""What `alignedkv eval` says when it cannot run."""
+
+from __future__ import annotations
+
+
+class EvaluationError(RuntimeError):
+    """A model, text, method or threshold that cannot be evaluated; the message says which and what would do."""

@@ -1,0 +1,152 @@
+"""What both reads of the reference share: one KV head's part of a call, its softmax, its planes as numbers, and its counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+from .arena import ArenaViews
+from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, DITHER_MULTIPLIER, hadamard_blocks
+
+INT8_MAX = 127
+"""Largest int8 of the score pass's query."""
+
+
+def dither(positions: torch.Tensor) -> torch.Tensor:
+    """Row dither in steps of the 4-bit plane, float32 in [-1/2, 1/2), from int64 row numbers."""
+    word = (positions * DITHER_MULTIPLIER) & 0xFFFFFFFF
+    return (word - (1 << 31)).to(torch.float32) * 2.0**-32
+
+
+def hadamard(rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormal block Hadamard transform of the last dimension, float32; its own inverse."""
+    blocks = []
+    for block in rows.float().split(hadamard_blocks(rows.shape[-1]), -1):
+        size, half = block.shape[-1], 1
+        while half < size:
+            pairs = block.reshape(*rows.shape[:-1], size // (2 * half), 2, half)
+            low, high = pairs[..., 0, :], pairs[..., 1, :]
+            block = torch.stack([low + high, low - high], -2).reshape(*rows.shape[:-1], size)
+            half *= 2
+        blocks.append(block * size**-0.5)
+    return torch.cat(blocks, -1)
+
+
+@dataclass
+class ReadCounts:
+    """Rows and bytes that one operator call has read, summed over batch and KV heads."""
+
+    bytes_read: float = 0
+    bytes_full: float = 0
+    rows: int = 0
+    key_rows_mid: int = 0
+    key_rows_full: int = 0
+    value_rows_hi: int = 0
+    value_rows_mid: int = 0
+    value_rows_full: int = 0
+
+    def add_to(self, counters: torch.Tensor, site: int) -> None:
+        fields = [1, *(int(getattr(self, name)) for name in ops.COUNTER_FIELDS[1:])]
+        counters[site] += torch.tensor(fields, dtype=torch.int64, device=counters.device)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """One KV head's part of a call: ``M`` query rows of its group over ``T`` cache rows.
+
+    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    attended: torch.Tensor
+    scale: float
+    tolerance: float
+    unit_roundoff: float
+
+
+def group_bias(
+    mask: torch.Tensor | None, batch: int, selected: slice, group: int, query_rows: int, length: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Additive bias and attended rows of one group, ``[group * Q, T]``.
+
+    A floating mask at or below half of its dtype's minimum is no bias but a prohibition; only a query row that is allowed
+    nothing else falls back to adding it, which is what plain attention computes (a uniform average for a row of ``finfo.min``).
+    """
+    if mask is None:
+        return None, torch.ones(group * query_rows, length, dtype=torch.bool, device=device)
+    rows = mask[batch if mask.shape[0] > 1 else 0]
+    rows = rows[selected] if rows.shape[0] > 1 else rows.expand(group, -1, -1)
+    rows = rows.expand(group, query_rows, rows.shape[-1])
+    rows = (rows.expand(-1, -1, length) if rows.shape[-1] == 1 else rows[..., :length]).reshape(group * query_rows, length)
+    if rows.dtype == torch.bool:
+        return None, rows
+    bias = rows.float()
+    attended = ~(bias <= torch.finfo(rows.dtype).min / 2)
+    nothing = ~attended.any(-1)
+    attended = torch.where(nothing[:, None], bias > -math.inf, attended)
+    return bias, attended
+
+
+def masked_scores(call: HeadCall, scores: torch.Tensor) -> torch.Tensor:
+    if call.bias is not None:
+        scores = scores + call.bias
+    return scores.masked_fill(~call.attended, -math.inf)
+
+
+def masked_softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over rows in which a fully masked query row gives zeros, as ``scaled_dot_product_attention`` does."""
+    weights = scores.softmax(-1)
+    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+
+
+def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Plain attention in ``dtype`` over the rows that any query row attends to."""
+    rows = call.attended.any(0)
+    keys, values = call.key[rows].to(dtype), call.value[rows].to(dtype)
+    live = int(rows.sum())
+    size = live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
+    counts.bytes_read += size
+    counts.bytes_full += size
+    counts.rows += live
+    counts.key_rows_full += live
+    counts.value_rows_full += live
+    bias = call.bias[:, rows] if call.bias is not None else None
+    scores = call.query.to(dtype) @ keys.T * call.scale
+    scores = scores if bias is None else scores + bias
+    attended = call.attended[:, rows]
+    weights = masked_softmax(scores.masked_fill(~attended, -math.inf))
+    if not bool(torch.isfinite(values).all()):  # a masked row changes nothing, whatever it holds
+        return torch.stack([w[a] @ values[a] for w, a in zip(weights, attended, strict=True)])
+    return weights @ values
+
+
+def dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
+    return (high.float() - 7.5 - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
+
+
+def block_means(call: HeadCall, views: ArenaViews, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows ``[T]`` lie in a block whose mean may stand in for them, and the means ``[blocks, Dv]``.
+
+    A block qualifies when it is complete and every query row attends to all of it: a masked row is never part of a mean.
+    """
+    length = call.attended.shape[-1]
+    blocks = views.value_count.shape[-1]
+    attended = torch.nn.functional.pad(call.attended.all(0), (0, blocks * BLOCK_ROWS - length))[: blocks * BLOCK_ROWS]
+    complete = attended.view(blocks, BLOCK_ROWS).all(-1) & (views.value_count[head] == BLOCK_ROWS)
+    means = torch.where(complete[:, None], views.value_sum[head] / BLOCK_ROWS, 0.0)
+    return complete.repeat_interleave(BLOCK_ROWS)[:length], means
+
+
+def skipped_output(weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Output of the rows not read: each block's mean times the weight skipped in it."""
+    skipped = weights.masked_fill(kept, 0.0)
+    blocks = means.shape[0]
+    skipped = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - skipped.shape[-1]))
+    return skipped.view(-1, blocks, BLOCK_ROWS).sum(-1) @ means

@@ -1,0 +1,317 @@
+"""The certified read of one KV head: bits are left out only while a bound that holds for every input stays within the budget.
+
+The bound is :data:`.worst_case.certificate`, computed in float64 from what was read in the end, so it does not depend on how
+the rows were chosen. Rows are chosen by the same principle as in :mod:`.reference`, with linear sums in place of sums of
+squares.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from .arena import ArenaViews, unpack_row_order, unpack_score_order, unpack_value_scale
+from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCORE_GROUP, padded_head_dim
+from .precision import NORM_RANGE, STREAM_FRACTION
+from .reference_head import (
+    INT8_MAX,
+    HeadCall,
+    ReadCounts,
+    block_means,
+    dither,
+    hadamard,
+    masked_scores,
+    masked_softmax,
+    skipped_output,
+)
+from .worst_case import SHARES, WORST_CASE, query_slack
+
+REFINEMENTS = 3
+"""How often rows of K may be chosen anew after the weights have changed."""
+LARGEST_SCORE_BOUND = 80.0
+"""Above it ``e^d`` says nothing, and is held here so that it stays finite."""
+
+
+@dataclass(frozen=True)
+class CertifiedRead:
+    """What a certified read of one KV head gives.
+
+    Attributes:
+        output: float64 ``[M, Dv]``.
+        bound: float64 ``[M]``: the norm of ``output``'s error against exact attention on the stored numbers is at most this.
+    """
+
+    output: torch.Tensor
+    bound: torch.Tensor
+
+
+def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCounts) -> CertifiedRead | None:
+    """Read one KV head with ``bound <= tolerance * unit_roundoff * ||output||`` for every query row.
+
+    Returns None, with the bytes read so far counted, when that takes more than reading everything, or a number is not finite.
+    """
+    rows = _Rows.load(call, views, head)
+    if rows is None:
+        return None
+    weights = masked_softmax(rows.scores)
+    means = block_means(call, views, head)
+    kept = rows.choose_kept(weights, means)
+    size = rows.coarse_output_norm(weights, kept, means[1])
+    bits = rows.refine_keys(weights, size)
+    if bits is None:
+        return None
+    weights = masked_softmax(rows.scores)
+    value_bits = rows.choose_value_bits(weights, kept, size)
+    spent = _bytes(rows, bits, kept, value_bits, means[0])
+    full = rows.live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
+    if spent > float(STREAM_FRACTION) * full:
+        counts.bytes_read += int(rows.score_groups) * SCORE_GROUP * (padded_head_dim(call.key.shape[-1]) // 2 + 8)
+        return None
+    output = weights[:, kept] @ rows.values(value_bits)[kept] + skipped_output(weights, kept, means[1].double())
+    bound = rows.certify(weights, output, bits, kept, value_bits, means[1])
+    allowed = _formula("worst_case_budget")(alpha=call.tolerance, u=call.unit_roundoff, R=output.norm(dim=-1))
+    counts.bytes_read += int(spent)
+    if not bool((bound <= allowed).all()):
+        return None
+    counts.bytes_full += full
+    counts.rows += rows.live
+    counts.key_rows_mid += int((bits >= 8).sum())
+    counts.key_rows_full += int((bits == 16).sum())
+    counts.value_rows_hi += int(kept.sum())
+    counts.value_rows_mid += int((kept & (value_bits >= 8)).sum())
+    counts.value_rows_full += int((kept & (value_bits == 16)).sum())
+    return CertifiedRead(output, bound)
+
+
+@dataclass
+class _Rows:
+    """The rows of one KV head as a certified read sees them, float64; ``scores [M, T]`` change while K is refined."""
+
+    call: HeadCall
+    views: ArenaViews
+    head: int
+    live_rows: torch.Tensor
+    query_norm1: torch.Tensor
+    query_lost1: torch.Tensor
+    query: torch.Tensor
+    key_scale: torch.Tensor
+    value_scale: torch.Tensor
+    value_norm: torch.Tensor
+    scores: torch.Tensor
+
+    @classmethod
+    def load(cls, call: HeadCall, views: ArenaViews, head: int) -> _Rows | None:
+        """Scores from the 4-bit plane; None when a scale, a norm or the query is not finite or out of range."""
+        length, key_dim = call.key.shape[0], call.key.shape[-1]
+        live = call.attended.any(0)
+        key_scale = views.key_scale[head, :length].double()
+        value_scale, value_norm = (x.double() for x in unpack_value_scale(views.value_scale[head, :length]))
+        if not bool(torch.isfinite(torch.stack([key_scale, value_scale, value_norm])[:, live]).all()):
+            return None
+        key_scale, value_scale, value_norm = (torch.where(live, x, 0.0) for x in (key_scale, value_scale, value_norm))
+        rms = float((value_norm.square().sum() / live.sum()).sqrt())
+        if not NORM_RANGE[0] <= rms <= NORM_RANGE[1]:
+            return None
+        mixed = hadamard(call.query)
+        step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
+        coded = torch.where(step > 0, torch.round(mixed / step), 0.0).double() * step.double()
+        lost = (mixed.double() - coded).abs().sum(-1) + query_slack(key_dim) * mixed.double().norm(dim=-1)
+        high = (
+            unpack_score_order(views.key_hi[head])[:length, :key_dim].double()
+            - 7.5
+            - dither(torch.arange(length)).double()[:, None]
+        )
+        dots = coded @ (high * (key_scale[:, None] * (COARSE_STEP / CODE_RANGE))).T * call.scale
+        return cls(
+            call=call,
+            views=views,
+            head=head,
+            live_rows=live,
+            query_norm1=coded.abs().sum(-1) * abs(call.scale),
+            query_lost1=lost * abs(call.scale),
+            query=coded,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            value_norm=value_norm,
+            scores=masked_scores(call, dots),
+        )
+
+    @property
+    def live(self) -> int:
+        return int(self.live_rows.sum())
+
+    @property
+    def score_groups(self) -> int:
+        padding = -len(self.live_rows) % SCORE_GROUP
+        return int(torch.nn.functional.pad(self.live_rows, (0, padding)).view(-1, SCORE_GROUP).any(-1).sum())
+
+    def budget(self, share: str, size: torch.Tensor) -> torch.Tensor:
+        """A share of the budget for outputs of norm ``size [M]``."""
+        return SHARES[share] * _formula("worst_case_budget")(alpha=self.call.tolerance, u=self.call.unit_roundoff, R=size)
+
+    def score_bound(self, bits: torch.Tensor | int) -> torch.Tensor:
+        """``d [M, T]`` of rows read at 4, 8 or 16 bits; all 16 bits leave nothing to bound."""
+        arguments = {"s_K": self.key_scale, "q_1": self.query_norm1[:, None], "r_1": self.query_lost1[:, None]}
+        dimension = float(self.call.key.shape[-1])
+        at_4, at_8 = (
+            _formula("score_bound")(b=b, D_K=dimension, **arguments).clamp_max(LARGEST_SCORE_BOUND) for b in (4.0, 8.0)
+        )
+        bits = torch.as_tensor(bits)
+        return torch.where(bits == 4, at_4, torch.where(bits == 8, at_8, 0.0))
+
+    def choose_kept(self, weights: torch.Tensor, means: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rows of V that are read: those whose replacement by a block's mean would cost too much, and those without a mean."""
+        skippable, vectors = means
+        mean_norm = vectors.double().norm(dim=-1).repeat_interleave(BLOCK_ROWS)[: len(skippable)]
+        cost = weights * _formula("skipped_value_bound")(v=self.value_norm, m=mean_norm)
+        size = (weights * self.value_norm).square().sum(-1).sqrt()
+        above = cost > linear_threshold(cost, skippable, self.budget("skip", size))[:, None]
+        return (above.any(0) | ~skippable) & self.live_rows
+
+    def coarse_output_norm(self, weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """Norm of the output ``[M]`` from the 4-bit plane of V."""
+        bits = torch.full(kept.shape, 4)
+        coarse = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
+        return coarse.norm(dim=-1)
+
+    def refine_keys(self, weights: torch.Tensor, size: torch.Tensor) -> torch.Tensor | None:
+        """Bits of every K row, int64 ``[T]``; the scores are refined on the way. None when everything would be read anyway."""
+        bits = torch.full(self.live_rows.shape, 4)
+        for _ in range(REFINEMENTS):
+            cost = self.key_cost(weights, bits, size)
+            allowed = self.budget("key", size)
+            if bool((cost.sum(-1) <= allowed).all()):
+                break
+            theta = linear_threshold(cost, self.live_rows, allowed)[:, None]
+            refined = (cost > theta).any(0)
+            whole = refined & ((self.key_cost(weights, torch.full_like(bits, 8), size) > theta).any(0) | (bits == 8))
+            bits = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
+            if int((bits == 16).sum()) > float(STREAM_FRACTION) * self.live:
+                return None
+            self.refine_scores(bits)
+            weights = masked_softmax(self.scores)
+        return bits
+
+    def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
+        return _formula("key_addend")(p=weights, d=self.score_bound(bits), v=self.value_norm, R=size[:, None])
+
+    def refine_scores(self, bits: torch.Tensor) -> None:
+        """Scores of rows at 8 and 16 bits."""
+        call, key_dim = self.call, self.call.key.shape[-1]
+        length = len(bits)
+        high = unpack_score_order(self.views.key_hi[self.head])[:length, :key_dim].double() - 7.5
+        high -= dither(torch.arange(length)).double()[:, None]
+        middle = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - 7.5
+        both = (high * COARSE_STEP + middle * MIDDLE_STEP) * (self.key_scale[:, None] / CODE_RANGE)
+        at_8 = masked_scores(call, self.query @ both.T * call.scale)
+        whole = torch.where((bits == 16)[:, None], call.key.double(), 0.0)
+        at_16 = masked_scores(call, call.query.double() @ whole.T * call.scale)
+        self.scores = torch.where(bits == 16, at_16, torch.where(bits == 8, at_8, self.scores))
+
+    def choose_value_bits(self, weights: torch.Tensor, kept: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """Bits of every V row that is read, int64 ``[T]``."""
+        at_4, at_8 = (weights * self.value_bound(torch.full(kept.shape, bits)) for bits in (4, 8))
+        theta = linear_threshold(at_4, kept, self.budget("value", size), finer=at_8)[:, None]
+        return torch.where((at_8 > theta).any(0), 16, torch.where((at_4 > theta).any(0), 8, 4))
+
+    def value_bound(self, bits: torch.Tensor) -> torch.Tensor:
+        """Bound on the norm of every V row's error ``[T]``."""
+        dimension = float(self.call.value.shape[-1])
+        at_4, at_8 = (_formula("value_bound")(b=b, D=dimension, s_V=self.value_scale) for b in (4.0, 8.0))
+        return torch.where(bits == 4, at_4, torch.where(bits == 8, at_8, 0.0))
+
+    def values(self, bits: torch.Tensor) -> torch.Tensor:
+        """V rows at their bits, float64 ``[T, Dv]``."""
+        length, dimension = self.call.value.shape
+        high = unpack_row_order(self.views.value_hi[self.head, :length])[:, :dimension].double() - 7.5
+        high -= dither(torch.arange(length)).double()[:, None]
+        middle = unpack_row_order(self.views.value_mid[self.head, :length])[:, :dimension].double() - 7.5
+        step = self.value_scale[:, None] / CODE_RANGE
+        planes = (high * COARSE_STEP + torch.where((bits == 4)[:, None], 0.0, middle * MIDDLE_STEP)) * step
+        return torch.where((bits == 16)[:, None], self.call.value.double(), planes)
+
+    def certify(
+        self,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        bits: torch.Tensor,
+        kept: torch.Tensor,
+        value_bits: torch.Tensor,
+        means: torch.Tensor,
+    ) -> torch.Tensor:
+        """The certificate of what was read, ``[M]``."""
+        mean_norm = means.double().norm(dim=-1).repeat_interleave(BLOCK_ROWS)
+        mean_norm = torch.nn.functional.pad(mean_norm, (0, max(len(kept) - len(mean_norm), 0)))[: len(kept)]
+        replaced = _formula("skipped_value_bound")(v=self.value_norm, m=mean_norm)
+        value_errors = weights @ torch.where(kept, self.value_bound(value_bits), replaced)
+        d = self.score_bound(bits)
+        moved = _formula("weight_error_bound")(p=weights, d=d)
+        return _formula("certificate")(
+            V=value_errors,
+            W=moved.sum(-1),
+            W_v=moved @ self.value_norm,
+            A=(weights * torch.exp(-d)).sum(-1),
+            R=output.norm(dim=-1),
+        )
+
+
+def linear_threshold(
+    cost: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, finer: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Largest power of two ``theta [M]`` for which the rows that are left with ``cost <= theta`` cost at most ``allowed`` in
+    all.
+
+    Args:
+        cost: ``[M, T]``, not negative.
+        rows: bool ``[T]``, the rows that count.
+        allowed: ``[M]``.
+        finer: ``[M, T]``: what a row costs after one refinement. Rows above the threshold then count with it, if it lies below.
+    """
+    found = []
+    for index, limit in enumerate(allowed.tolist()):
+        here = cost[index, rows]
+        after = None if finer is None else finer[index, rows]
+        exponent = math.frexp(limit)[1] if limit > 0 else -1074
+        lowest = exponent - 2 * max(1, len(here)).bit_length() - 2
+        while exponent > lowest:
+            theta = math.ldexp(1.0, exponent)
+            left = torch.where(here <= theta, here, 0.0 if after is None else torch.where(after <= theta, after, 0.0))
+            if float(left.sum()) <= limit:
+                break
+            exponent -= 1
+        else:
+            theta = 0.0
+        found.append(theta)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _bytes(rows: _Rows, bits: torch.Tensor, kept: torch.Tensor, value_bits: torch.Tensor, skippable: torch.Tensor) -> float:
+    """Bytes that the read takes."""
+    key, value = rows.call.key, rows.call.value
+    plane_key, plane_value = padded_head_dim(key.shape[-1]) // 2, padded_head_dim(value.shape[-1]) // 2
+    skipped = torch.nn.functional.pad(skippable & ~kept, (0, -len(kept) % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1)
+    read = rows.score_groups * SCORE_GROUP * (plane_key + 8) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
+    read += int((bits >= 8).sum()) * plane_key + int((bits == 16).sum()) * key.shape[-1] * key.element_size()
+    read += int(kept.sum()) * plane_value + int((kept & (value_bits >= 8)).sum()) * plane_value
+    return read + int((kept & (value_bits == 16)).sum()) * value.shape[-1] * value.element_size()
+
+
+@functools.cache
+def _formula(name: str) -> Callable[..., torch.Tensor]:
+    """A formula of :data:`.worst_case.WORST_CASE` over float64 tensors, its symbols as keywords."""
+    expression = WORST_CASE[name]
+    symbols = sorted(expression.free_symbols, key=str)
+    function = sympy.lambdify(symbols, expression, [{"exp": torch.exp, "log": math.log, "sqrt": math.sqrt}, "math"])
+    names = [str(symbol) for symbol in symbols]
+
+    def formula(**values: torch.Tensor | float) -> torch.Tensor:
+        result: torch.Tensor = function(*(values[name] for name in names))
+        return result
+
+    return formula

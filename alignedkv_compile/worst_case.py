@@ -1,0 +1,90 @@
+"""The certificate: a bound on the error of a read that holds for every input, in sympy.
+
+Unlike :mod:`.precision`, nothing here is a mean over independent errors. Every rounding error is replaced by its largest
+possible value and all are added up linearly, so that the sum bounds the actual error however the numbers in the cache were
+chosen. Derivation in docs/formulas.md. Symbols, beside those of :mod:`.precision` (``b``, ``p``, ``s_K``, ``s_V``, ``D``,
+``R``, ``v``, ``alpha``, ``u``):
+
+* ``q_1``: 1-norm of the int8 query of the score pass, times the softmax scale; ``r_1``: 1-norm of what that query has lost by
+  rounding, times the softmax scale;
+* ``D_K``: head dimension of K;
+* ``d``: bound on the error of one row's score;
+* ``m``: norm of the mean that stands in for a V row;
+* ``V``: bound on what V's errors add to the output; ``W``: sum of ``p (e^d - 1)`` over the rows; ``W_v``: the same sum with
+  each row's weight times its norm ``v``; ``A``: sum of ``p e^-d``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import sympy
+
+from .precision import D, R, alpha, b, p, s_K, s_V, u, v
+
+q_1, r_1, D_K, d, m, V, W, W_v, A = sympy.symbols("q_1 r_1 D_K d m V W W_v A", positive=True)
+
+UNIT = sympy.Rational(1, 2**24)
+"""Unit roundoff of float32, in which planes are written and the query is mixed."""
+
+CODE_SLACK = sympy.Rational(1, 2**20)
+"""Rounding of a code's own arithmetic in float32, in units of the row's scale: 1/32 of a 16-bit code."""
+
+NORM_SLACK = 1 + sympy.Rational(1, 2**8)
+"""V norms are stored rounded to bfloat16."""
+
+mixing_slack = (sympy.log(D_K, 2) + 1) * sympy.sqrt(D_K) * UNIT
+"""Rounding of the Hadamard transform in float32, in units of the row's scale: each of ``log2 D_K`` stages and the last factor
+round every element by at most ``UNIT`` times the row's norm, which is at most ``sqrt(D_K)`` times its largest element."""
+
+key_slack = CODE_SLACK + mixing_slack
+"""Everything that float32 adds to the error of a K row, in units of its scale."""
+
+score_bound = s_K * (q_1 * (2**-b + key_slack) + r_1 * (sympy.Rational(15, 16) + key_slack))
+"""``d``: the int8 query times the key's error, at most half a step in every element, and the query's error times the key, whose
+elements are at most 15/16 of the scale."""
+
+value_bound = s_V * sympy.sqrt(D) * (2**-b + CODE_SLACK)
+"""Norm of the error of a V row read at ``b`` bits: half a step in every element."""
+
+skipped_value_bound = v * NORM_SLACK + m
+"""Norm of the error of a V row that a mean stands in for."""
+
+weight_error_bound = p * (sympy.exp(d) - 1)
+"""A row's weight, computed from a score that is off by at most ``d``, before the weights are normalised."""
+
+key_addend = p * (sympy.exp(d) - 1) * (v * NORM_SLACK + R)
+"""What leaving a K row at its bits adds to the certificate, but for ``A`` and ``V``: what the policy holds against a
+threshold."""
+
+certificate = V + (W_v * NORM_SLACK + W * (R + V)) / A
+"""Bound on the norm of the output's error; ``R`` is the norm of the output as computed.
+
+With ``o' = sum p v`` for the read weights and exact V, and ``r = e^(s - s')`` the exact weight over the read one, the exact
+output is ``o = o' + sum p (r - 1) (v - o') / sum p r``, because ``sum p (v - o') = 0``. So ``||o - o'|| <= sum p (e^d - 1) (v
++ ||o'||) / sum p e^-d``, and ``o'`` itself is within ``V`` of the output as computed."""
+
+worst_case_budget = alpha * u * R
+"""The certificate that ``tolerance`` allows: rounding the output to its dtype makes an error of at most ``u R``."""
+
+WORST_CASE: Mapping[str, sympy.Expr] = {
+    "score_bound": score_bound,
+    "value_bound": value_bound,
+    "skipped_value_bound": skipped_value_bound,
+    "weight_error_bound": weight_error_bound,
+    "key_addend": key_addend,
+    "certificate": certificate,
+    "worst_case_budget": worst_case_budget,
+}
+"""Every named formula of the certified read."""
+
+SHARES: Mapping[str, float] = {"skip": 1 / 8, "key": 3 / 8, "value": 1 / 4}
+"""How the certified read divides its budget. The rest, a quarter, is kept for what the weights change while K is refined.
+Only the
+bytes depend on this division: the certificate is computed from what was read."""
+
+
+def query_slack(dimension: int) -> float:
+    """What mixing the query in float32 adds to ``r_1``, in units of the query's norm."""
+    return float(mixing_slack.subs(D_K, dimension)) * math.sqrt(dimension)
