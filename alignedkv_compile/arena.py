@@ -93,7 +93,7 @@ def unpack_row_order(packed: torch.Tensor) -> torch.Tensor:
 
 def pack_score_order(nibbles: torch.Tensor) -> torch.Tensor:
     """uint8 ``[..., D']`` values below 16 to ``[..., D'/8, 4]`` bytes, one token's part of a score group."""
-    runs = nibbles.view(*nibbles.shape[:-1], -1, 2, 4)
+    runs = nibbles.view(*nibbles.shape[:-1], nibbles.shape[-1] // 8, 2, 4)
     return runs[..., 0, :] | runs[..., 1, :] << 4
 
 

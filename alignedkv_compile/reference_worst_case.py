@@ -33,6 +33,8 @@ from .worst_case import SHARES, WORST_CASE, query_slack
 
 REFINEMENTS = 3
 """How often rows of K may be chosen anew after the weights have changed."""
+SMALLEST_SCALE = 2.0**-100
+"""Rows of a smaller scale, but for zeros, are not certified: 32768 / scale, by which they were written, nears float32's end."""
 LARGEST_SCORE_BOUND = 80.0
 """Above it ``e^d`` says nothing, and is held here so that it stays finite."""
 
@@ -112,6 +114,9 @@ class _Rows:
         key_scale = views.key_scale[head, :length].double()
         value_scale, value_norm = (x.double() for x in unpack_value_scale(views.value_scale[head, :length]))
         if not bool(torch.isfinite(torch.stack([key_scale, value_scale, value_norm])[:, live]).all()):
+            return None
+        scales = torch.stack([key_scale, value_scale])[:, live]
+        if bool(((scales > 0) & (scales < SMALLEST_SCALE)).any()):
             return None
         key_scale, value_scale, value_norm = (torch.where(live, x, 0.0) for x in (key_scale, value_scale, value_norm))
         rms = float((value_norm.square().sum() / live.sum()).sqrt())

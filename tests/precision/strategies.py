@@ -40,7 +40,7 @@ COHERENT = {
     "outlier channel": 2.0,
     "dominant token": 5.0,
 }
-"""Kinds whose rows share errors, and a bound on added rms error over tolerance for the settings of test_promise.py."""
+"""Kinds whose rows share errors, and a bound on added rms error over tolerance that the settings of test_promise.py keep."""
 
 SPECIALS = ("nan key", "inf key", "nan value", "inf value", "nan query")
 MASKS = ("none", "causal", "padding", "sparse", "window", "bias")

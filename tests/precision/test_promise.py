@@ -29,7 +29,9 @@ def added(recipe: Recipe) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("peak", [0.3, 1.0, 3.0], ids=["flat", "mild", "peaked"])
-@pytest.mark.parametrize("tolerance", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize(
+    "tolerance", [1.0, pytest.param(2.0, marks=pytest.mark.slow), pytest.param(4.0, marks=pytest.mark.slow)]
+)
 def test_added_error_is_within_tolerance(values: str, peak: float, tolerance: float) -> None:
     recipe = Recipe(heads=1, group=2, rows=700, key_dim=64, value_dim=64, values=values, peak=peak, tolerance=tolerance)
     errors, _ = added(recipe)

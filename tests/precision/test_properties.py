@@ -31,6 +31,11 @@ def largest_addend(case: Case) -> float:
     return float(case.value[:, :, : case.live].float().norm(dim=-1).max().clamp_min(1e-30))
 
 
+def flip_budget(case: Case) -> float:
+    """Relative difference of two reads that agree but for the order of sums and the rows that it moves over a threshold."""
+    return 0.25 * case.tolerance * 0.4247 * case.roundoff + 2.0**-18
+
+
 @given(recipes(max_rows=300))
 @example(Recipe(rows=1))
 def test_tolerance_zero_is_exact(recipe: Recipe) -> None:
@@ -66,7 +71,7 @@ def test_a_larger_tolerance_reads_no_more(recipe: Recipe) -> None:
         assert read[2] <= read[0] * 1.02 + means
 
 
-@given(recipes(max_rows=300), st.randoms(use_true_random=False))
+@given(recipes(max_rows=300, values=DISTINCT), st.randoms(use_true_random=False))
 def test_heads_are_independent(recipe: Recipe, random: object) -> None:
     """Permuting KV heads permutes the output, and a head alone gives what it gives among others."""
     case = replace(recipe, heads=3).case()
@@ -75,12 +80,15 @@ def test_heads_are_independent(recipe: Recipe, random: object) -> None:
     output = reference(case).unflatten(1, (3, recipe.group))
     query = case.query.unflatten(1, (3, recipe.group))[:, order].flatten(1, 2)
     permuted = replace(case, query=query, key=case.key[:, order], value=case.value[:, order])
-    assert torch.equal(reference(permuted).unflatten(1, (3, recipe.group)), output[:, order])
+    # Equal but for the order of sums, which a product may choose by its operands' alignment.
+    budget = flip_budget(case)
+    found = reference(permuted).unflatten(1, (3, recipe.group))
+    assert float(relative_errors(found, output[:, order].double()).max()) <= budget
     alone = replace(case, query=case.query[:, : recipe.group], key=case.key[:, :1], value=case.value[:, :1])
-    assert torch.equal(reference(alone), output[:, 0])
+    assert float(relative_errors(reference(alone), output[:, 0].double()).max()) <= budget
 
 
-@given(recipes(max_rows=300))
+@given(recipes(max_rows=300, values=DISTINCT))
 def test_batch_entries_are_independent(recipe: Recipe) -> None:
     first, second = recipe.case(), replace(recipe, seed=recipe.seed ^ 1).case()
     mask = None if first.mask is None or second.mask is None else torch.cat([first.mask, second.mask])
@@ -92,7 +100,8 @@ def test_batch_entries_are_independent(recipe: Recipe) -> None:
         tolerance=recipe.tolerance,
         unit_roundoff=first.unit_roundoff,
     )
-    assert torch.equal(reference(both), torch.cat([reference(first), reference(second)]))
+    expected = torch.cat([reference(first), reference(second)])
+    assert float(relative_errors(reference(both), expected.double()).max()) <= flip_budget(first)
 
 
 @given(recipes(max_rows=300, values=DISTINCT), st.integers(2, 16))
@@ -102,7 +111,7 @@ def test_equal_query_heads_of_a_group_read_what_one_would(recipe: Recipe, group:
     grouped = replace(single, query=single.query.repeat_interleave(group, 1))
     one, many = (run_reference(case, write_planes(case)) for case in (single, grouped))
     # Products of one row and of several sum in different orders, so that a row on a threshold may fall on either side of it.
-    flip = 0.25 * single.tolerance * 0.4247 * single.roundoff + 2.0**-18
+    flip = flip_budget(single)
     difference = relative_errors(many.output, one.output.double().repeat_interleave(group, 1))
     assert float(difference.max()) <= flip
     assert abs(many.counts["bytes_read"] - one.counts["bytes_read"]) <= 0.02 * one.counts["bytes_full"]
@@ -142,6 +151,16 @@ def test_empty_and_single_row_caches(rows: int) -> None:
     else:
         expected = case.value[:, :, :1].float().expand_as(output)
         torch.testing.assert_close(output, expected, rtol=2.0**-8, atol=2.0**-8 * largest_addend(case))
+
+
+def test_generated_kernel_survives_rows_whose_weights_are_subnormal() -> None:
+    """Found by the property below: 127 over the largest weight of 16 rows overflowed, and 0 * inf gave NaN."""
+    for rows in (2, 50, 700):
+        case = Recipe(heads=2, group=3, rows=rows, key_dim=64, value_dim=64, values="denormals", peak=0.3).case()
+        planes = write_planes(case)
+        kernel, expected = run_kernel(case, planes), run_reference(case, planes)
+        assert torch.isfinite(kernel.output).all()
+        assert float(relative_errors(kernel.output, expected.output.double()).max()) <= flip_budget(case)
 
 
 @pytest.mark.parametrize("exponent", [-3, 2])
