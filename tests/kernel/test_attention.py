@@ -45,6 +45,7 @@ SHAPES = [
     {"group": 3, "key_dim": 64},
     {"group": 1, "heads": 1, "key_dim": 128, "rows": 1500, "dtype": torch.float16},
     {"group": 4, "key_dim": 80, "value_dim": 48, "query_rows": 4, "batch": 2, "peak": 6.0},
+    {"batch": 8, "heads": 1, "group": 2, "key_dim": 32, "peak": 4.0},
     {"group": 5, "key_dim": 21, "value_dim": 9, "dtype": torch.float32, "unit_roundoff": 2.0**-8, "peak": 4.0},
     {"group": 2, "key_dim": 96, "query_rows": 16, "query_dtype": torch.bfloat16, "rows": 640, "peak": 8.0, "tolerance": 4.0},
 ]
