@@ -20,6 +20,12 @@ SUM_ERROR = 2.0**-21
 """Relative error of a float32 attention over a few thousand rows, as a multiple of the rms of its addends: the summation-order
 budget between two paths that read the same numbers."""
 
+KAPPA = float(precision.KAPPA)
+
+FLIP_BUDGET = 0.25
+"""Two paths may disagree on rows that sit on a threshold. Each such row moves the output by at most theta, which is far below
+the whole budget alpha * rho: a quarter of it allows for several."""
+
 NATIVE_ISAS = {"avx512": ("avx512", "avx2", "portable"), "avx2": ("avx2", "portable"), "portable": ("portable",)}[machine_isa()]
 """Instruction sets that this machine runs; AVX-512 is emulated where it is missing."""
 
@@ -88,6 +94,17 @@ def make_case(
         value=(normal(batch, heads, rows, value_dim or key_dim) + 0.3).to(dtype),
         **fields,  # type: ignore[arg-type]
     )
+
+
+def hard_rows(case: Case) -> None:
+    """Rows of zeros, one number, huge, tiny, NaN and Inf, in both caches."""
+    for cache in (case.key, case.value):
+        cache[:, :, 3] = 0
+        cache[:, :, 5] = 1
+        cache[:, :, 7] *= torch.finfo(cache.dtype).max / 8
+        cache[:, :, 9] *= torch.finfo(cache.dtype).tiny
+        cache[0, 0, 11, 2] = torch.nan
+        cache[0, 0, 13, 1] = -torch.inf
 
 
 def write_planes(case: Case, *, valid: bool = True) -> torch.Tensor:
@@ -174,8 +191,14 @@ def relative_errors(output: torch.Tensor, expected: torch.Tensor) -> torch.Tenso
 
 def added_error_in_rho(case: Case, output: torch.Tensor) -> torch.Tensor:
     """Errors in units of the rounding error that the accuracy dtype makes on each output row: what tolerance bounds in rms."""
-    return relative_errors(output, exact(case)) / (float(precision.KAPPA) * case.roundoff)
+    return relative_errors(output, exact(case)) / (KAPPA * case.roundoff)
 
 
 def without_planes(case: Case) -> Case:
     return replace(case, tolerance=0.0)
+
+
+def agreement_budget(case: Case) -> float:
+    """Largest relative difference of two paths that take the same decisions but for a few rows on a threshold."""
+    rounding = torch.finfo(case.query.dtype).eps if case.query.dtype != torch.float32 else 0.0
+    return FLIP_BUDGET * case.tolerance * KAPPA * case.roundoff + 8 * SUM_ERROR + rounding

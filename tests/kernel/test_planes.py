@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, make_case, run_write, write_planes
+from cases import hard_rows, make_case, run_write, write_planes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,17 +21,6 @@ from alignedkv_compile.layout import (
 )
 
 SHAPES = [(64, 64, torch.bfloat16), (80, 48, torch.float16), (128, 128, torch.float32), (21, 9, torch.bfloat16)]
-
-
-def hard_rows(case: Case) -> None:
-    """Rows of zeros, one number, huge, tiny, NaN and Inf, in both caches."""
-    for cache in (case.key, case.value):
-        cache[:, :, 3] = 0
-        cache[:, :, 5] = 1
-        cache[:, :, 7] *= torch.finfo(cache.dtype).max / 8
-        cache[:, :, 9] *= torch.finfo(cache.dtype).tiny
-        cache[0, 0, 11, 2] = torch.nan
-        cache[0, 0, 13, 1] = -torch.inf
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim", "dtype"), SHAPES)

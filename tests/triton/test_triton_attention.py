@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import (
+    KAPPA,
     SUM_ERROR,
-    Case,
     added_error_in_rho,
+    agreement_budget,
     exact,
     make_case,
     relative_errors,
@@ -27,17 +27,6 @@ from triton_interpreter import interpreted
 
 from alignedkv_compile import ops
 from alignedkv_compile.layout import BLOCK_ROWS
-
-FLIP_BUDGET = 0.25
-"""Two paths may disagree on rows that sit on a threshold, each of which moves the output by at most theta, far below the whole
-budget alpha * rho."""
-KAPPA = 1 / math.sqrt(8 * math.log(2))
-
-
-def agreement_budget(case: Case) -> float:
-    """Largest relative difference of two paths that take the same decisions but for a few rows on a threshold."""
-    rounding = torch.finfo(case.query.dtype).eps if case.query.dtype != torch.float32 else 0.0
-    return FLIP_BUDGET * case.tolerance * KAPPA * case.roundoff + 8 * SUM_ERROR + rounding
 
 
 def check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_case, write_planes
+from cases import hard_rows, make_case, write_planes
 from triton_cases import row_ordered_planes, to_row_order, write_triton
-from triton_checks import assert_same_planes, hard_rows
+from triton_checks import assert_same_planes
 
 from alignedkv_compile.arena import arena_views
 from alignedkv_compile.layout import BLOCK_ROWS, arena_layout

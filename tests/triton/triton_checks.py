@@ -10,17 +10,6 @@ from alignedkv_compile.arena import arena_views
 from alignedkv_compile.layout import arena_layout
 
 
-def hard_rows(case: Case) -> None:
-    """Rows of zeros, one number, huge, tiny, NaN and Inf, in both caches."""
-    for cache in (case.key, case.value):
-        cache[:, :, 3] = 0
-        cache[:, :, 5] = 1
-        cache[:, :, 7] *= torch.finfo(cache.dtype).max / 8
-        cache[:, :, 9] *= torch.finfo(cache.dtype).tiny
-        cache[0, 0, 11, 2] = torch.nan
-        cache[0, 0, 13, 1] = -torch.inf
-
-
 def assert_same_planes(case: Case, expected: torch.Tensor, written: torch.Tensor) -> None:
     """Two arenas in row order hold the same rows; norms and sums may round another way, and rows with NaN or Inf say only
     that."""
