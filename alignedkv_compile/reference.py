@@ -19,7 +19,6 @@ from .arena import (
     pack_score_order,
     pack_value_scale,
     unpack_row_order,
-    unpack_score_order,
     unpack_value_scale,
 )
 from .layout import (
@@ -45,6 +44,7 @@ from .reference_head import (
     dither,
     group_bias,
     hadamard,
+    key_nibbles,
     masked_scores,
     masked_softmax,
     read_full,
@@ -235,9 +235,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     mixed = hadamard(call.query)
     query_step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
     query_int8 = torch.where(query_step > 0, torch.round(mixed / query_step), 0.0)
-    ordered = score_ordered(call.key.device)
-    high = unpack_score_order(views.key_hi[head]) if ordered else unpack_row_order(views.key_hi_rows[head])
-    high = high[:length, :key_dim].float()
+    high = key_nibbles(views, head)[:length, :key_dim].float()
     dots = query_int8 @ high.T + query_int8.sum(-1, keepdim=True) * (-7.5 - offset)
     scores = dots * (query_step * call.scale * COARSE_STEP / CODE_RANGE) * key_scale
     if bool(special_keys.any()):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from . import ops
-from .arena import ArenaViews
-from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, DITHER_MULTIPLIER, hadamard_blocks
+from .arena import ArenaViews, unpack_row_order, unpack_score_order
+from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, DITHER_MULTIPLIER, hadamard_blocks, score_ordered
 
 INT8_MAX = 127
 """Largest int8 of the score pass's query."""
@@ -129,6 +129,13 @@ def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.flo
 def dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
     return (high.float() - 7.5 - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
+
+
+def key_nibbles(views: ArenaViews, head: int) -> torch.Tensor:
+    """uint8 ``[rows, Dk']``: one head's 4-bit plane of K, in whichever order its device keeps it."""
+    if score_ordered(views.key_hi.device):
+        return unpack_score_order(views.key_hi[head])
+    return unpack_row_order(views.key_hi_rows[head])
 
 
 def block_means(call: HeadCall, views: ArenaViews, head: int) -> tuple[torch.Tensor, torch.Tensor]:

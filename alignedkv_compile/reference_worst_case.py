@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from .arena import ArenaViews, unpack_row_order, unpack_score_order, unpack_value_scale
+from .arena import ArenaViews, unpack_row_order, unpack_value_scale
 from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCORE_GROUP, padded_head_dim
 from .precision import NORM_RANGE, STREAM_FRACTION
 from .reference_head import (
@@ -25,6 +25,7 @@ from .reference_head import (
     block_means,
     dither,
     hadamard,
+    key_nibbles,
     masked_scores,
     masked_softmax,
     skipped_output,
@@ -127,9 +128,9 @@ class _Rows:
         coded = torch.where(step > 0, torch.round(mixed / step), 0.0).double() * step.double()
         lost = (mixed.double() - coded).abs().sum(-1) + query_slack(key_dim) * mixed.double().norm(dim=-1)
         high = (
-            unpack_score_order(views.key_hi[head])[:length, :key_dim].double()
+            key_nibbles(views, head)[:length, :key_dim].double()
             - 7.5
-            - dither(torch.arange(length)).double()[:, None]
+            - dither(torch.arange(length, device=call.key.device)).double()[:, None]
         )
         dots = coded @ (high * (key_scale[:, None] * (COARSE_STEP / CODE_RANGE))).T * call.scale
         return cls(
@@ -210,8 +211,8 @@ class _Rows:
         """Scores of rows at 8 and 16 bits."""
         call, key_dim = self.call, self.call.key.shape[-1]
         length = len(bits)
-        high = unpack_score_order(self.views.key_hi[self.head])[:length, :key_dim].double() - 7.5
-        high -= dither(torch.arange(length)).double()[:, None]
+        high = key_nibbles(self.views, self.head)[:length, :key_dim].double() - 7.5
+        high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
         middle = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - 7.5
         both = (high * COARSE_STEP + middle * MIDDLE_STEP) * (self.key_scale[:, None] / CODE_RANGE)
         at_8 = masked_scores(call, self.query @ both.T * call.scale)
@@ -221,7 +222,7 @@ class _Rows:
 
     def choose_value_bits(self, weights: torch.Tensor, kept: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Bits of every V row that is read, int64 ``[T]``."""
-        at_4, at_8 = (weights * self.value_bound(torch.full(kept.shape, bits)) for bits in (4, 8))
+        at_4, at_8 = (weights * self.value_bound(torch.full(kept.shape, bits, device=kept.device)) for bits in (4, 8))
         theta = linear_threshold(at_4, kept, self.budget("value", size), finer=at_8)[:, None]
         return torch.where((at_8 > theta).any(0), 16, torch.where((at_4 > theta).any(0), 8, 4))
 
@@ -235,7 +236,7 @@ class _Rows:
         """V rows at their bits, float64 ``[T, Dv]``."""
         length, dimension = self.call.value.shape
         high = unpack_row_order(self.views.value_hi[self.head, :length])[:, :dimension].double() - 7.5
-        high -= dither(torch.arange(length)).double()[:, None]
+        high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
         middle = unpack_row_order(self.views.value_mid[self.head, :length])[:, :dimension].double() - 7.5
         step = self.value_scale[:, None] / CODE_RANGE
         planes = (high * COARSE_STEP + torch.where((bits == 4)[:, None], 0.0, middle * MIDDLE_STEP)) * step

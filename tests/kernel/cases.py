@@ -202,3 +202,39 @@ def agreement_budget(case: Case) -> float:
     """Largest relative difference of two paths that take the same decisions but for a few rows on a threshold."""
     rounding = torch.finfo(case.query.dtype).eps if case.query.dtype != torch.float32 else 0.0
     return FLIP_BUDGET * case.tolerance * KAPPA * case.roundoff + 8 * SUM_ERROR + rounding
+
+
+NUMBERS = ["query", "key", "value", "value, masked for one row", "key inf", "value inf"]
+"""Where :func:`case_with_number` puts a NaN, or an Inf if it says so."""
+
+
+def case_with_number(where: str, rows: int, tolerance: float) -> tuple[Case, torch.Tensor]:
+    """A case with one NaN or Inf, whose third query row does not attend to the last rows; and what attention gives, in float64.
+
+    Plain attention computes 0 * NaN for a row that masks the number; here a masked number changes nothing.
+    """
+    middle, masked = rows // 2 - 50, rows // 2 + 50
+    mask = torch.ones(1, 1, 4, rows, dtype=torch.bool)
+    mask[..., 2, masked:] = False
+    case = make_case(query_rows=4, rows=rows, mask=mask, tolerance=tolerance)
+    number = torch.inf if "inf" in where else torch.nan
+    if where == "query":
+        case.query[0, 1, 2, 3] = number
+    elif where.startswith("key"):
+        case.key[0, 1, middle, 5] = number
+    else:
+        case.value[0, 0, masked + 50 if "masked" in where else middle, 5] = number
+    expected = exact(case)
+    if "masked" in where:
+        expected[:, :, 2] = exact(replace(case, value=case.value.nan_to_num(0.0)))[:, :, 2]
+    return case, expected
+
+
+def assert_propagated(case: Case, output: torch.Tensor, expected: torch.Tensor) -> None:
+    """NaN and Inf stand where they should, and every other number is within the tolerance."""
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(output), finite)
+    infinite = ~finite & ~expected.isnan()
+    assert torch.equal(output[infinite].double(), expected[infinite])
+    budget = (4 * case.tolerance * KAPPA * case.roundoff + 16 * SUM_ERROR) * float(expected[finite].abs().max())
+    torch.testing.assert_close(output[finite].double(), expected[finite], rtol=0, atol=budget)

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import (
+    NUMBERS,
     SUM_ERROR,
     added_error_in_rho,
     agreement_budget,
+    assert_propagated,
+    case_with_number,
     exact,
     make_case,
     relative_errors,
@@ -153,32 +156,12 @@ def test_a_masked_row_changes_nothing(poison: float, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
-@pytest.mark.parametrize("where", ["query", "key", "value", "value, masked for one row", "key inf", "value inf"])
+@pytest.mark.parametrize("where", NUMBERS)
 def test_nan_and_inf_propagate_as_in_plain_attention(where: str, tolerance: float) -> None:
-    rows = 700
-    mask = torch.ones(1, 1, 4, rows, dtype=torch.bool)
-    mask[..., 2, 400:] = False
-    case = make_case(query_rows=4, rows=rows, mask=mask, tolerance=tolerance)
-    number = torch.inf if "inf" in where else torch.nan
-    if where == "query":
-        case.query[0, 1, 2, 3] = number
-    elif where.startswith("key"):
-        case.key[0, 1, 350, 5] = number
-    else:
-        case.value[0, 0, 450 if "masked" in where else 350, 5] = number
+    case, expected = case_with_number(where, 700, tolerance)
     planes = write_planes(case)
-    expected = exact(case)
-    if "masked" in where:  # plain attention computes 0 * NaN for the row that masks it; here it changes nothing
-        clean = replace(case, value=case.value.nan_to_num(0.0))
-        expected[:, :, 2] = exact(clean)[:, :, 2]
-    budget = 4 * tolerance * 0.4247 * case.roundoff + 16 * SUM_ERROR
     for result in (run_kernel(case, planes), run_reference(case, planes)):
-        assert torch.equal(torch.isfinite(result.output), torch.isfinite(expected))
-        finite = torch.isfinite(expected)
-        assert torch.equal(result.output[~finite & ~expected.isnan()].double(), expected[~finite & ~expected.isnan()])
-        torch.testing.assert_close(
-            result.output[finite].double(), expected[finite], rtol=0, atol=budget * float(expected[finite].abs().max())
-        )
+        assert_propagated(case, result.output, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])

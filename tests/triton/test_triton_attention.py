@@ -9,9 +9,12 @@ import pytest
 import torch
 from cases import (
     KAPPA,
+    NUMBERS,
     SUM_ERROR,
     added_error_in_rho,
     agreement_budget,
+    assert_propagated,
+    case_with_number,
     exact,
     make_case,
     relative_errors,
@@ -143,29 +146,10 @@ def test_a_masked_row_changes_nothing(poison: float, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
-@pytest.mark.parametrize("where", ["query", "key", "value", "value, masked for one row", "key inf", "value inf"])
+@pytest.mark.parametrize("where", NUMBERS)
 def test_nan_and_inf_propagate_as_in_plain_attention(where: str, tolerance: float) -> None:
-    rows = 400
-    mask = torch.ones(1, 1, 4, rows, dtype=torch.bool)
-    mask[..., 2, 200:] = False
-    case = make_case(query_rows=4, rows=rows, mask=mask, tolerance=tolerance)
-    number = torch.inf if "inf" in where else torch.nan
-    if where == "query":
-        case.query[0, 1, 2, 3] = number
-    elif where.startswith("key"):
-        case.key[0, 1, 150, 5] = number
-    else:
-        case.value[0, 0, 250 if "masked" in where else 150, 5] = number
-    expected = exact(case)
-    if "masked" in where:  # plain attention computes 0 * NaN for the row that masks it; here it changes nothing
-        expected[:, :, 2] = exact(replace(case, value=case.value.nan_to_num(0.0)))[:, :, 2]
-    output = run_triton(case, row_ordered_planes(case)).output
-    assert torch.equal(torch.isfinite(output), torch.isfinite(expected))
-    finite = torch.isfinite(expected)
-    assert torch.equal(output[~finite & ~expected.isnan()].double(), expected[~finite & ~expected.isnan()])
-    budget = 4 * tolerance * KAPPA * case.roundoff + 16 * SUM_ERROR
-    largest = float(expected[finite].abs().max())
-    torch.testing.assert_close(output[finite].double(), expected[finite], rtol=0, atol=budget * largest)
+    case, expected = case_with_number(where, 400, tolerance)
+    assert_propagated(case, run_triton(case, row_ordered_planes(case)).output, expected)
 
 
 def test_length_bounds_what_is_read() -> None:
