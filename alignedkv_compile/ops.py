@@ -83,11 +83,11 @@ whatever the cache holds (:mod:`alignedkv_compile.worst_case`).
 
 Args:
     query, ..., min_context: as :data:`aligned_read_attention` takes them.
-    bounds: float32 ``[sites, Hq]``; row ``site`` becomes its maximum with this call's certificates, in units of
-        ``unit_roundoff`` times the output row's norm, the largest over batch and query rows of each head. 0 where all bits
-        were read.
+    bounds: float32 ``[sites, 2, W]``, ``W >= Hq``. ``bounds[site, 0, :Hq]`` becomes this call's certificates in units of
+        ``unit_roundoff`` times the output row's norm, the largest over batch and query rows of each query head; 0 where all
+        bits were read. ``bounds[site, 1, :Hq]`` becomes its maximum with them. Nothing else is written.
     counters: (overload ``counted``) as :data:`aligned_read_attention` takes them.
-    site: row of ``bounds`` and ``counters``.
+    site: index into the first dimension of ``bounds`` and ``counters``.
 
 Returns:
     ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``; rounding to it is not part of the certificate.

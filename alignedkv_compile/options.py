@@ -21,14 +21,21 @@ UNIT_ROUNDOFF: Mapping[torch.dtype, float] = {
 }
 """Largest relative error of rounding to nearest, by dtype; the keys are the dtypes that a cache may have."""
 
+GUARANTEES = ("expected", "worst_case")
+"""What ``tolerance`` may be: a mean over many outputs, or a bound on every one."""
+
 
 @dataclass(frozen=True)
 class Options:
     """Options of the backend; :func:`parse` makes one from what ``torch.compile`` passes on.
 
     Attributes:
-        tolerance: rms error that reading fewer bits may add to an attention output, in units of the rounding error that the
-            output's dtype makes anyway. 0 reads every bit.
+        tolerance: error that reading fewer bits may add to an attention output, in units of the rounding error that the
+            output's dtype makes anyway; ``guarantee`` says which error. 0 reads every bit.
+        guarantee: what ``tolerance`` promises. ``"expected"``: the rms error over many outputs, for independent rounding
+            errors, is at most ``tolerance`` times the rms rounding error. ``"worst_case"``: the error of every single output
+            row, whatever the cache holds, is at most ``tolerance * u * ||row||``, in units of the *largest* rounding error;
+            the bound is computed from what was read, and :func:`alignedkv_compile.stats` shows it. Fewer bytes are saved.
         min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save.
         strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is not rewritten.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
@@ -41,6 +48,7 @@ class Options:
     """
 
     tolerance: float = 2.0
+    guarantee: str = "expected"
     min_context: int = 512
     strict: bool = False
     stats: bool = False
@@ -56,6 +64,11 @@ class Options:
             KeyError: ``dtype`` is none of bfloat16, float16, float32.
         """
         return UNIT_ROUNDOFF[self.accuracy or dtype]
+
+    @property
+    def certified(self) -> bool:
+        """Whether every read must stay within a bound that holds for every input."""
+        return self.guarantee == "worst_case"
 
     def inductor_patches(self) -> dict[str, object]:
         """Entries of Inductor's config to set while compiling: those of ``mode``, then those of ``inductor``."""
@@ -95,6 +108,12 @@ def _row_count(name: str, value: object) -> int:
     return value
 
 
+def _guarantee(name: str, value: object) -> str:
+    if value not in GUARANTEES:
+        raise OptionValueError(name, value, " or ".join(map(repr, GUARANTEES)))
+    return str(value)
+
+
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise OptionValueError(name, value, "True or False")
@@ -125,6 +144,7 @@ def _inductor(name: str, value: object) -> Mapping[str, object]:
 
 _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "tolerance": _tolerance,
+    "guarantee": _guarantee,
     "min_context": _row_count,
     "strict": _flag,
     "stats": _flag,

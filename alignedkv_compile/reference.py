@@ -6,6 +6,7 @@ file only in the order of floating-point sums, so a row that sits on a threshold
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -150,7 +151,7 @@ def aligned_read_attention_counted(
 def certified_read_attention(*arguments: Any) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.certified_read_attention`."""
     *call, bounds, site = arguments
-    return _attention(*call, counts=ReadCounts(), bounds=bounds[site])
+    return _certified_attention(call, bounds[site], ReadCounts())
 
 
 @torch.library.impl(f"{ops.NAMESPACE}::certified_read_attention.counted", "CompositeExplicitAutograd")
@@ -158,8 +159,19 @@ def certified_read_attention_counted(*arguments: Any) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     *call, bounds, counters, site = arguments
     counts = ReadCounts()
-    output = _attention(*call, counts=counts, bounds=bounds[site])
+    output = _certified_attention(call, bounds[site], counts)
     counts.add_to(counters, site)
+    return output
+
+
+def _certified_attention(call: Sequence[Any], bounds: torch.Tensor, counts: ReadCounts) -> torch.Tensor:
+    """Certified reads, whose certificates go to one site's ``bounds`` (float32 ``[2, W]``): this call's, and the largest."""
+    query_heads = call[0].shape[1]
+    certificates = bounds.new_zeros(query_heads)
+    output = _attention(*call, counts=counts, certificates=certificates)
+    last, worst = bounds[:, :query_heads]
+    last.copy_(certificates)
+    torch.maximum(worst, certificates, out=worst)
     return output
 
 
@@ -176,9 +188,9 @@ def _attention(
     min_context: int,
     *,
     counts: ReadCounts,
-    bounds: torch.Tensor | None = None,
+    certificates: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Both operators. With ``bounds`` (float32 ``[Hq]``, raised to this call's certificates) every read is certified."""
+    """Both operators. With ``certificates`` (float32 ``[Hq]``, zeros, raised to those of this call) every read is certified."""
     batch, query_heads, query_rows, _ = query.shape
     heads, value_dim = key.shape[1], value.shape[-1]
     group = query_heads // heads
@@ -203,7 +215,7 @@ def _attention(
         span = int(live[-1] - live[0]) + 1 if len(live) else 0
         result = None
         if views is not None and span >= max(min_context, 1) and torch.isfinite(call.query).all():
-            if bounds is None:
+            if certificates is None:
                 result = _read_aligned(call, views, index, counts)
             else:
                 certified = read_certified(call, views, index, counts)
@@ -211,9 +223,9 @@ def _attention(
                 if certified is not None:
                     size = certified.output.norm(dim=-1) * unit_roundoff
                     relative = torch.where(size > 0, certified.bound / size, 0.0).view(group, query_rows).amax(1)
-                    bounds[selected] = torch.maximum(bounds[selected], relative.to(bounds.dtype))
+                    certificates[selected] = torch.maximum(certificates[selected], relative.to(certificates.dtype))
         if result is None:
-            result = read_full(call, counts, torch.float32 if bounds is None else torch.float64)
+            result = read_full(call, counts, torch.float32 if certificates is None else torch.float64)
         output[b, selected] = result.view(group, query_rows, value_dim).to(output.dtype)
     return output
 

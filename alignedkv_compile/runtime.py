@@ -1,4 +1,4 @@
-"""What Dynamo calls in place of its graph: binds planes, append buffers and counters, then runs the compiled graph.
+"""What Dynamo calls in place of its graph: binds planes, append buffers and what reads record in, then runs the compiled graph.
 
 This runs for every token, so it does little per layer: one dict look-up and a comparison of versions.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
 from .append_buffers import APPEND_BUFFERS, AppendBuffer, AppendBuffers, CacheTooLongError
 from .options import Options
 from .passes.records import RewrittenGraph
 from .report import GraphReport
 from .sidecar import SIDECARS, RebuildHistory, Sidecar, SidecarStore
-from .statistics import Counters
+from .statistics import GraphStatistics
 from .torch_private import CompiledGraph
 
 _log = logging.getLogger(__name__)
@@ -53,19 +51,13 @@ class Runtime:
         self._sidecars = sidecars
         self._buffers = buffers
         self._histories: list[RebuildHistory | None] = [None] * len(graph.static)
-        self._counters_input = graph.counters_input
-        self.counters: Counters | None = None
-        if graph.counters_input is not None:
-            fake = graph.example_inputs[graph.counters_input]
-            assert isinstance(fake, torch.Tensor)
-            self.counters = Counters(fake.shape[0], fake.device)
+        self._statistics = GraphStatistics(graph, options.tolerance)
 
     def __call__(self, *args: object) -> Sequence[object]:
         """Run the graph on Dynamo's inputs and return Dynamo's outputs."""
         inputs: list[object] = [args[position] for position in self._kept_inputs]
         inputs += [None] * self._extra_inputs
-        if self.counters is not None and self._counters_input is not None:
-            inputs[self._counters_input] = self.counters.tensor
+        self._statistics.bind(inputs)
         sidecars = self._bind_planes(args, inputs) if self._static else []
         buffers = self._bind_buffers(args, inputs) if self._append else []
         try:

@@ -42,7 +42,7 @@ def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options:
 
     module = copy_graph(gm)
     facts = gather_facts(module.graph, inference_only=inference_only)
-    findings = find_sites(facts)
+    findings = find_sites(facts, certified=options.certified)
     pairing = pair_caches(findings, facts)
     report = report_sites(pairing)
     before = snapshot(module, pairing)

@@ -29,7 +29,7 @@ from .editor import GraphEditor
 from .find_dynamic import metadata_readers
 from .nodes import constant, example, fake
 from .records import AppendPair
-from .replace_attention import AlignmentOptions, replace_attention
+from .replace_attention import AlignmentOptions, StatisticsInputs, replace_attention
 from .symbols import express, inputs_by_symbol
 
 EXAMPLE_CAPACITY = 64
@@ -48,7 +48,7 @@ class AppendInputs:
 
 
 def rewrite_append(
-    pair: AppendPair, number: int, editor: GraphEditor, options: AlignmentOptions, counters: Node | None
+    pair: AppendPair, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs
 ) -> AppendInputs:
     """Rewrite one pair of concatenations.
 
@@ -79,7 +79,7 @@ def rewrite_append(
             value=inputs.value_buffer,
             planes=inputs.planes,
             length=length,
-            counters=counters,
+            statistics=statistics,
         )
     _express_metadata(pair, editor)
     _drop_concatenations(pair, editor)

@@ -74,6 +74,17 @@ def check_cache_pair(key: Node, value: Node) -> None:
         raise Declined("K and V have different batch sizes")
 
 
+def check_certifiable(cache: Node) -> None:
+    """Refuse a cache on a device for which no certified read is generated.
+
+    Raises:
+        Declined: naming the device.
+    """
+    device = fake(cache).device
+    if generates_triton(device):
+        raise Declined(f"guarantee='worst_case' has generated C++ only; this cache is on {device}")
+
+
 def check_query(call: AttentionCall, key: Node, repeats: int) -> Node:
     """The query node, once its shape is known to fit the cache.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .attention import parse_call
+from .attention import check_certifiable, parse_call
 from .facts import GraphFacts
 from .find_dynamic import CROPPED, dynamic_site, is_append
 from .find_static import ROLLED, static_site, written_cache
@@ -37,8 +37,12 @@ _MOVES = frozenset(
 """Operations that a cache may pass through on its way to attention, though no rewrite folds them."""
 
 
-def find_sites(facts: GraphFacts) -> Findings:
-    """Every cached attention call of a graph, in graph order, with caches that no such call reads last."""
+def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
+    """Every cached attention call of a graph, in graph order, with caches that no such call reads last.
+
+    Args:
+        certified: calls that cannot become certified reads are declined.
+    """
     sites: list[AttentionSite] = []
     declined: list[DeclinedSite] = []
     for node in facts.graph.nodes:
@@ -51,6 +55,8 @@ def find_sites(facts: GraphFacts) -> Findings:
         index = len(sites) + len(declined)
         try:
             site = _site(call, key, value, index, facts)
+            if certified and site is not None:
+                check_certifiable(site.key.source)
         except Declined as refusal:
             caches = tuple(cache for folded in (key, value) if (cache := _cache_behind(folded.base, facts)) is not None)
             declined.append(DeclinedSite(index, node, caches, str(refusal)))

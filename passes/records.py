@@ -255,6 +255,21 @@ class AppendBinding:
 
 
 @dataclass(frozen=True)
+class StatisticsBinding:
+    """Tensors in which the reads of a graph record what they did; each has one row per line of the report.
+
+    Attributes:
+        counters_input: position of the byte counters among the rewritten graph's inputs, or None when nothing is counted.
+        bounds_input: position of the certificates among them, or None when reads are not certified.
+        query_heads: of the read that each row belongs to; 0 where there is none.
+    """
+
+    counters_input: int | None
+    bounds_input: int | None
+    query_heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RewrittenGraph:
     """What the pipeline hands to the backend.
 
@@ -265,7 +280,7 @@ class RewrittenGraph:
         kept_outputs: positions among Dynamo's outputs that ``module`` still returns, in order.
         outputs: how many outputs Dynamo expects.
         static, append: what the runtime must bind at each call.
-        counters_input: position of the counters tensor among ``module``'s inputs, or None.
+        statistics: the tensors in which reads record what they did.
         sites: one report line for each attention call over a cache.
     """
 
@@ -276,5 +291,5 @@ class RewrittenGraph:
     outputs: int
     static: tuple[StaticBinding, ...]
     append: tuple[AppendBinding, ...]
-    counters_input: int | None
+    statistics: StatisticsBinding
     sites: tuple[SiteReport, ...]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from alignedkv_compile.ops import aligned_read_attention
+from alignedkv_compile.ops import aligned_read_attention, certified_read_attention
+from alignedkv_compile.torch_private import OpOverload
 
 from .editor import GraphEditor
 from .nodes import example_size, fake, same
@@ -27,7 +29,34 @@ class AlignmentOptions(Protocol):
     @property
     def stats(self) -> bool: ...
 
+    @property
+    def certified(self) -> bool: ...
+
     def unit_roundoff(self, dtype: torch.dtype) -> float: ...
+
+
+@dataclass(frozen=True)
+class StatisticsInputs:
+    """The graph inputs in which reads record what they did; which ones there are decides which operator reads.
+
+    Attributes:
+        counters: int64 ``[sites, len(COUNTER_FIELDS)]``, or None when nothing is counted.
+        bounds: float32 ``[sites, 2, heads]``, or None when reads are not certified.
+    """
+
+    counters: Node | None = None
+    bounds: Node | None = None
+
+    @property
+    def operator(self) -> OpOverload:
+        read = aligned_read_attention if self.bounds is None else certified_read_attention
+        return read.default if self.counters is None else read.counted
+
+    def arguments(self, site: int) -> dict[str, Argument]:
+        """The operator's arguments for these inputs."""
+        tensors = {"counters": self.counters, "bounds": self.bounds}
+        given: dict[str, Argument] = {name: node for name, node in tensors.items() if node is not None}
+        return {**given, "site": site} if given else {}
 
 
 def replace_attention(
@@ -39,9 +68,9 @@ def replace_attention(
     value: Node,
     planes: Node | None,
     length: Node | int,
-    counters: Node | None,
+    statistics: StatisticsInputs,
 ) -> None:
-    """Put ``aligned_read_attention`` in the place of a site's attention, and erase the chains that only it used.
+    """Put an aligned or a certified read in the place of a site's attention, and erase the chains that only it used.
 
     Args:
         key, value: the cache tensors or append buffers, ``[B, H, C, D]``.
@@ -52,9 +81,8 @@ def replace_attention(
         mask = None if site.mask is None else editor.current(site.mask)
         while mask is not None and fake(mask).dim() < 4:
             mask = editor.method("unsqueeze", mask, 0)
-        counting: dict[str, Argument] = {} if counters is None else {"counters": counters, "site": site.index}
         result = editor.function(
-            aligned_read_attention.default if counters is None else aligned_read_attention.counted,
+            statistics.operator,
             editor.current(site.query),
             key,
             value,
@@ -65,7 +93,7 @@ def replace_attention(
             tolerance=float(options.tolerance),
             unit_roundoff=options.unit_roundoff(fake(key).dtype),
             min_context=options.min_context,
-            **counting,
+            **statistics.arguments(site.index),
         )
         result = _with_strides_of(original, result, editor)
     result.meta["tensor_meta"] = site.attention.meta.get("tensor_meta")

@@ -14,9 +14,18 @@ from alignedkv_compile.torch_private import detect_fake_mode
 
 from .append import AppendInputs, largest_capacity, rewrite_append
 from .editor import GraphEditor
-from .nodes import fake
-from .records import AppendBinding, AppendPair, Pairing, RewrittenGraph, SiteReport, StaticBinding, StaticPair
-from .replace_attention import AlignmentOptions
+from .nodes import constant, fake
+from .records import (
+    AppendBinding,
+    AppendPair,
+    Pairing,
+    RewrittenGraph,
+    SiteReport,
+    StaticBinding,
+    StaticPair,
+    StatisticsBinding,
+)
+from .replace_attention import AlignmentOptions, StatisticsInputs
 from .rewrite_static import rewrite_static
 
 
@@ -26,6 +35,7 @@ class Rewriting:
 
     Attributes:
         inputs, outputs: of Dynamo's graph, in its order. Some of the nodes are no longer in the graph.
+        query_heads: for each line of the report, the heads of the read that stands there now, or 0.
     """
 
     editor: GraphEditor
@@ -33,7 +43,8 @@ class Rewriting:
     outputs: tuple[object, ...]
     static: tuple[tuple[StaticPair, Node], ...]
     append: tuple[tuple[AppendPair, AppendInputs], ...]
-    counters: Node | None
+    statistics: StatisticsInputs
+    query_heads: tuple[int, ...]
 
     def result(self, module: GraphModule, example_inputs: Sequence[object], report: tuple[SiteReport, ...]) -> RewrittenGraph:
         """Positions instead of nodes: what leaves the passes."""
@@ -54,7 +65,11 @@ class Rewriting:
                 for pair, planes in self.static
             ),
             append=tuple(self._append_binding(pair, inputs, now) for pair, inputs in self.append),
-            counters_input=None if self.counters is None else now.index(self.counters),
+            statistics=StatisticsBinding(
+                counters_input=None if self.statistics.counters is None else now.index(self.statistics.counters),
+                bounds_input=None if self.statistics.bounds is None else now.index(self.statistics.bounds),
+                query_heads=self.query_heads,
+            ),
             sites=report,
         )
 
@@ -76,25 +91,40 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     """Edit the graph of ``module`` in place.
 
     Args:
-        sites: lines of the report, which are the rows of the counters tensor.
+        sites: lines of the report, which are the rows of the tensors that reads record in.
     """
     inputs = tuple(node for node in module.graph.nodes if node.op == "placeholder")
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
     editor = GraphEditor(module)
-    counters = _counters(editor, sites, pairing) if options.stats and pairing.rewritten else None
+    query_heads = _query_heads(pairing, sites)
+    statistics = _statistics_inputs(editor, pairing, query_heads, options)
     static, append = [], []
     for number, pair in enumerate(pairing.static):
-        planes = rewrite_static(pair, number, editor, options, counters)
+        planes = rewrite_static(pair, number, editor, options, statistics)
         if planes is not None:
             static.append((pair, planes))
     for number, append_pair in enumerate(pairing.append):
-        append.append((append_pair, rewrite_append(append_pair, number, editor, options, counters)))
-    return Rewriting(editor, inputs, outputs, tuple(static), tuple(append), counters)
+        append.append((append_pair, rewrite_append(append_pair, number, editor, options, statistics)))
+    return Rewriting(editor, inputs, outputs, tuple(static), tuple(append), statistics, query_heads)
 
 
-def _counters(editor: GraphEditor, sites: int, pairing: Pairing) -> Node:
-    pairs: list[StaticPair | AppendPair] = [*pairing.static, *pairing.append]
-    return editor.placeholder("alignedkv_counters", (sites, len(COUNTER_FIELDS)), torch.int64, fake(pairs[0].key).device)
+def _query_heads(pairing: Pairing, sites: int) -> tuple[int, ...]:
+    heads = {site.index: constant(fake(site.query).shape[1]) for site in pairing.rewritten}
+    return tuple(heads.get(index, 0) for index in range(sites))
+
+
+def _statistics_inputs(
+    editor: GraphEditor, pairing: Pairing, query_heads: tuple[int, ...], options: AlignmentOptions
+) -> StatisticsInputs:
+    """Placeholders of what the reads record in, one row for each line of the report."""
+    if not pairing.rewritten:
+        return StatisticsInputs()
+    device, sites = fake(pairing.rewritten[0].key.source).device, len(query_heads)
+    counted, certified = (sites, len(COUNTER_FIELDS)), (sites, 2, max(query_heads))
+    return StatisticsInputs(
+        counters=editor.placeholder("alignedkv_counters", counted, torch.int64, device) if options.stats else None,
+        bounds=editor.placeholder("alignedkv_bounds", certified, torch.float32, device) if options.certified else None,
+    )
 
 
 def _example_inputs(added: list[Node], example_inputs: Sequence[object]) -> list[torch.Tensor]:

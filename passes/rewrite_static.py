@@ -5,6 +5,8 @@
 + alignedkv.quantize_on_write(planes, new_key, new_value, positions, capacity)
 - scaled_dot_product_attention(query, repeat_kv(key_cache), repeat_kv(value_cache), mask, scale=scale)
 + alignedkv.aligned_read_attention(query, key_cache, value_cache, planes, mask, length=capacity, scale=scale, ...)
+
+With certified reads it is ``certified_read_attention``, with its ``bounds``.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from alignedkv_compile.ops import quantize_on_write
 from .editor import GraphEditor
 from .nodes import constant, fake
 from .records import Outcome, StaticPair
-from .replace_attention import AlignmentOptions, replace_attention
+from .replace_attention import AlignmentOptions, StatisticsInputs, replace_attention
 
 
 def rewrite_static(
-    pair: StaticPair, number: int, editor: GraphEditor, options: AlignmentOptions, counters: Node | None
+    pair: StaticPair, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs
 ) -> Node | None:
     """Rewrite one pair of caches; returns the placeholder of its plane arena, or None at tolerance 0.
 
@@ -41,7 +43,7 @@ def rewrite_static(
             with editor.before(site.attention, site.attention):
                 length = _capacity(pair, editor)
             replace_attention(
-                site, editor, options, key=pair.key, value=pair.value, planes=planes, length=length, counters=counters
+                site, editor, options, key=pair.key, value=pair.value, planes=planes, length=length, statistics=statistics
             )
     return planes
 

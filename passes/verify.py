@@ -22,6 +22,7 @@ from .records import Pairing
 from .replace_attention import AlignmentOptions
 
 READ = f"{NAMESPACE}::aligned_read_attention"
+CERTIFIED_READ = f"{NAMESPACE}::certified_read_attention"
 WRITE = f"{NAMESPACE}::quantize_on_write"
 
 
@@ -150,13 +151,14 @@ def _check_order(nodes: list[Node]) -> None:
     for node in nodes:
         if operation(node) == WRITE:
             written.add(node.args[0])
-        if operation(node) == READ and node.args[3] is not None and node.args[3] not in written:
+        if operation(node) in (READ, CERTIFIED_READ) and node.args[3] is not None and node.args[3] not in written:
             raise GraphVerificationError(f"{node.name} reads planes that nothing wrote yet")
 
 
 def _check_counts(nodes: list[Node], pairing: Pairing, options: AlignmentOptions) -> None:
     counts = Counter(operation(node) for node in nodes)
     writes = sum(len(pair.writes) for pair in pairing.static) + len(pairing.append) if options.tolerance > 0 else 0
-    for name, expected in ((READ, len(pairing.rewritten)), (WRITE, writes)):
+    reads = {READ: 0, CERTIFIED_READ: 0, CERTIFIED_READ if options.certified else READ: len(pairing.rewritten)}
+    for name, expected in {**reads, WRITE: writes}.items():
         if counts[name] != expected:
             raise GraphVerificationError(f"{counts[name]} nodes of {name} where {expected} belong")

@@ -12,15 +12,15 @@ from alignedkv_compile.layout import arena_layout
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
-def test_attention_passes_opcheck(masked: bool, counted: bool) -> None:
+@pytest.mark.parametrize("certified", [False, True])
+def test_attention_passes_opcheck(masked: bool, counted: bool, certified: bool) -> None:
     mask = torch.ones(1, 1, 2, 140, dtype=torch.bool) if masked else None
     case = make_case(rows=140, query_rows=2, mask=mask)
-    arguments = case.arguments(write_planes(case))
-    if counted:
-        counters = torch.zeros(2, len(ops.COUNTER_FIELDS), dtype=torch.int64)
-        torch.library.opcheck(ops.aligned_read_attention.counted, (*arguments, counters, 1))
-    else:
-        torch.library.opcheck(ops.aligned_read_attention.default, arguments)
+    bounds, counters = torch.zeros(2, 2, 6), torch.zeros(2, len(ops.COUNTER_FIELDS), dtype=torch.int64)
+    recorded = [bounds] * certified + [counters] * counted
+    operator = ops.certified_read_attention if certified else ops.aligned_read_attention
+    overload = operator.counted if counted else operator.default
+    torch.library.opcheck(overload, (*case.arguments(write_planes(case)), *recorded, *[1] * bool(recorded)))
 
 
 def test_write_passes_opcheck() -> None:

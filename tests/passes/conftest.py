@@ -45,6 +45,7 @@ class Harness:
         self.graphs: list[RewrittenGraph] = []
         self.originals: list[GraphModule] = []
         self.counters: torch.Tensor | None = None
+        self.bounds: torch.Tensor | None = None
         self.planes: list[torch.Tensor] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., list[object]]:
@@ -82,13 +83,21 @@ class Harness:
                 arguments[append.planes_input] = self._planes(
                     arguments[append.key_buffer_input], arguments[append.value_buffer_input]
                 )
-        if graph.counters_input is not None:
-            shape = graph.example_inputs[graph.counters_input].shape  # type: ignore[attr-defined]
-            self.counters = arguments[graph.counters_input] = torch.zeros(tuple(map(int, shape)), dtype=torch.int64)
+        self.counters = self._record(graph, graph.statistics.counters_input, arguments)
+        self.bounds = self._record(graph, graph.statistics.bounds_input, arguments)
         assert sorted(arguments) == list(range(len(graph.example_inputs))), "an input is bound twice or not at all"
         for position, value in zip(graph.kept_outputs, run(*(arguments[number] for number in sorted(arguments))), strict=True):
             results[position] = value
         return results
+
+    @staticmethod
+    def _record(graph: RewrittenGraph, position: int | None, arguments: dict[int, object]) -> torch.Tensor | None:
+        if position is None:
+            return None
+        example = graph.example_inputs[position]
+        assert isinstance(example, torch.Tensor)
+        arguments[position] = tensor = torch.zeros(tuple(map(int, example.shape)), dtype=example.dtype)
+        return tensor
 
     def _planes(self, key: object, value: object) -> torch.Tensor:
         assert isinstance(key, torch.Tensor)

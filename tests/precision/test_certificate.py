@@ -29,11 +29,17 @@ DEEP = 60
 
 def certified(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
     """Output, certificates ``[Hq]`` in units of ``u * ||output||``, and counters."""
-    bounds = torch.zeros(2, case.query.shape[1])
+    heads = case.query.shape[1]
+    bounds = torch.zeros(2, 2, heads + 1)
+    bounds[1, 0] = torch.inf  # of the call before
+    bounds[1, :, heads:] = -1  # another site's heads
     counters = torch.zeros(2, len(ops.COUNTER_FIELDS), dtype=torch.int64)
     output = ops.certified_read_attention.counted(*case.arguments(write_planes(case)), bounds, counters, 1)
     assert not bounds[0].any()
-    return output, bounds[1], dict(zip(ops.COUNTER_FIELDS, counters[1].tolist(), strict=True))
+    assert bool((bounds[1, :, heads:] == -1).all())
+    last, worst = bounds[1, :, :heads]
+    assert torch.equal(last, worst)
+    return output, last, dict(zip(ops.COUNTER_FIELDS, counters[1].tolist(), strict=True))
 
 
 def actual_errors(case: Case, output: torch.Tensor) -> torch.Tensor:
@@ -110,17 +116,18 @@ def test_tolerance_zero_and_missing_planes_read_everything() -> None:
     assert float(actual_errors(case, output).max()) <= FLOAT32 / case.roundoff
 
 
-def test_bounds_keep_the_largest_of_a_run() -> None:
-    bounds = torch.zeros(1, 6)
+def test_bounds_hold_the_last_certificates_and_the_largest_of_a_run() -> None:
+    bounds = torch.zeros(1, 2, 6)
     seen = torch.zeros(6)
     for seed in range(3):
         case = make_case(rows=500, peak=6.0, seed=seed, tolerance=8.0)
-        alone = torch.zeros(1, 6)
+        alone = torch.zeros(1, 2, 6)
         planes = write_planes(case)
         ops.certified_read_attention(*case.arguments(planes), alone, 0)
         ops.certified_read_attention(*case.arguments(planes), bounds, 0)
-        seen = torch.maximum(seen, alone[0])
-        assert torch.equal(bounds[0], seen)
+        seen = torch.maximum(seen, alone[0, 0])
+        assert torch.equal(bounds[0, 0], alone[0, 0])
+        assert torch.equal(bounds[0, 1], seen)
 
 
 @given(st.integers(8, 256), st.integers(0, 2**31), st.sampled_from([0.0, 1.0, 6.0]))
