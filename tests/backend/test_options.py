@@ -16,16 +16,19 @@ from alignedkv_compile import (
     alignedkv,
 )
 from alignedkv_compile.options import MODES, OPTION_NAMES, parse
+from alignedkv_compile.rebuild import post_grad_pass
 
 
 def test_defaults() -> None:
     assert parse() == Options()
     assert parse(None, {}) == Options(tolerance=2.0, strict=False, stats=False, accuracy=None, assume_exclusive_cache=False)
+    assert not parse().certified
 
 
 def test_every_option_is_taken() -> None:
     given = {
         "tolerance": 0,
+        "guarantee": "worst_case",
         "min_context": 16,
         "strict": True,
         "stats": True,
@@ -36,11 +39,20 @@ def test_every_option_is_taken() -> None:
     assert set(given) == set(OPTION_NAMES)
     options = parse("max-autotune", given)
     assert (options.tolerance, options.min_context, options.strict, options.stats) == (0.0, 16, True, True)
+    assert options.certified
     assert options.accuracy is torch.float16
     assert options.assume_exclusive_cache
     assert options.inductor_patches()["freezing"] is True
     assert options.inductor_patches()["max_autotune"] is False  # overrides the mode
     assert options.inductor_patches()["coordinate_descent_tuning"] is True
+
+
+@pytest.mark.parametrize(
+    "options", [{"guarantee": "worst_case"}, {"tolerance": 1}, {"min_context": 7}, {"accuracy": "float16"}]
+)
+def test_inductors_cache_key_knows_the_options(options: dict[str, object]) -> None:
+    assert post_grad_pass(parse(None, options)).uuid() != post_grad_pass(parse()).uuid()
+    assert post_grad_pass(parse(None, options)).uuid() == post_grad_pass(parse(None, options)).uuid()
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
@@ -74,6 +86,8 @@ def test_unit_roundoff() -> None:
         (None, {"tolerance": math.nan}, OptionValueError, ["nan"]),
         (None, {"tolerance": True}, OptionValueError, ["True"]),
         (None, {"tolerance": "2"}, OptionValueError, ["'2'"]),
+        (None, {"guarantee": "worst"}, OptionValueError, ["'guarantee'", "'worst'", "'expected' or 'worst_case'"]),
+        (None, {"guarantee": True}, OptionValueError, ["'guarantee'", "True"]),
         (None, {"min_context": 1.5}, OptionValueError, ["'min_context'", "1.5", "int >= 0"]),
         (None, {"strict": 1}, OptionValueError, ["'strict'", "True or False"]),
         (None, {"accuracy": "int8"}, OptionValueError, ["'accuracy'", "'int8'", "bfloat16, float16, float32"]),
