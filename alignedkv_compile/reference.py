@@ -1,4 +1,4 @@
-"""The meaning of the two operators, in eager torch: readable first, and what runs outside Inductor.
+"""The meaning of the operators, in eager torch: readable first, and what runs outside Inductor.
 
 The generated kernels make the same decisions from the same formulas (:mod:`alignedkv_compile.precision`); they differ from this
 file only in the order of floating-point sums, so a row that sits on a threshold may fall on either side of it.
@@ -190,7 +190,8 @@ def _attention(
     counts: ReadCounts,
     certificates: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Both operators. With ``certificates`` (float32 ``[Hq]``, zeros, raised to those of this call) every read is certified."""
+    """Every attention operator. With ``certificates``, float32 zeros ``[Hq]`` that are raised to this call's, each read is
+    certified."""
     batch, query_heads, query_rows, _ = query.shape
     heads, value_dim = key.shape[1], value.shape[-1]
     group = query_heads // heads

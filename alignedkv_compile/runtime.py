@@ -1,4 +1,4 @@
-"""What Dynamo calls in place of its graph: binds planes, append buffers and what reads record in, then runs the compiled graph.
+"""What Dynamo calls in place of its graph: binds planes, append buffers and statistics, then runs the compiled graph.
 
 This runs for every token, so it does little per layer: one dict look-up and a comparison of versions.
 """

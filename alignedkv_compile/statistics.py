@@ -1,9 +1,9 @@
 """What the reads did, with ``options={"stats": True}``: bytes of KV cache read, and how far off an output may be.
 
-Each compiled graph owns an int64 tensor of counters, and with ``guarantee="worst_case"`` a float32 tensor of certificates; both
-have one row per attention site, which the generated kernels write to. The layer of a row is its order in the graph. Graphs with
-equally many sites (recompiles of the same model) are one: bytes are added up, the worst certificates are the largest of all,
-and the last ones are those of the graph that was called last.
+Each compiled graph owns an int64 tensor of counters, and with ``guarantee="worst_case"`` a float32 tensor of certificates;
+both have one row per attention site, which the generated kernels write to. The layer of a row is its order in the graph.
+Graphs with equally many sites (recompiles of the same model) are one: bytes are added up, the worst certificates are the
+largest of all, and the last ones are those of the graph that was called last.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .passes.records import RewrittenGraph
 class LayerStatistics:
     """Counters and certificates of one attention site, or of all.
 
-    A certificate bounds the error of a query head's output ``o`` in units of ``u * ||o||``, where ``u`` is the unit roundoff of
-    the cache's dtype or of the option ``accuracy``: the largest over batch and query rows, and 0 where all bits were read.
+    A certificate bounds the error of a query head's output ``o`` in units of ``u * ||o||``, where ``u`` is the unit roundoff
+    of the cache's dtype or of the option ``accuracy``: the largest over batch and query rows, 0 where all bits were read.
 
     Attributes:
         calls, ..., value_rows_full: those of ``ops.COUNTER_FIELDS``; a total is their sum.
@@ -86,8 +86,9 @@ class Statistics(LayerStatistics):
 
     def __str__(self) -> str:
         lines = [f"alignedkv: read {self.bytes_read:,} of {self.bytes_full:,} bytes of KV cache ({self.fraction:.1%})"]
-        if self.worst_certificate is not None:
-            lines.append(f"  certified: every output within {self.worst_certificate:.3g} u*||o||, tolerance {self.tolerance:g}")
+        worst = self.worst_certificate
+        if worst is not None:
+            lines.append(f"  certified: every output within {worst:.3g} u*||o||, tolerance {self.tolerance:g}")
         lines += [
             f"  layer {index}: {layer.fraction:.1%} of {layer.bytes_full:,} bytes in {layer.calls} calls"
             for index, layer in enumerate(self.layers)

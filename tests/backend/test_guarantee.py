@@ -84,7 +84,7 @@ def test_static_steps_keep_their_certificates(steps: Any, filled: Any) -> None:
 
 
 def test_dynamic_steps_keep_their_certificates(steps: Any) -> None:
-    """The second call compiles another graph, for a past that is a buffer's view: the last certificates are the last call's."""
+    """The second call compiles another graph, for a buffer's view as past; the last certificates are the last call's."""
     torch.manual_seed(0)
     compiled = certified(steps.dynamic)
     keys, values = (torch.randn(1, steps.kv_heads, LIVE, steps.head_dim) for _ in range(2))
@@ -94,6 +94,8 @@ def test_dynamic_steps_keep_their_certificates(steps: Any) -> None:
         output, keys, values = compiled(query, *new, keys, values)
         check_step(relative_errors(output, query, keys, values))
     statistics = alignedkv_compile.stats()
+    assert len(alignedkv_compile.report().graphs) == 2
+    assert len(statistics.layers) == 1
     assert statistics.calls == 4
     assert statistics.fraction < 0.8
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from triton_interpreter import interpreted
 
+import alignedkv_compile
 from alignedkv_compile.append_buffers import CacheTooLongError
 from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
 from alignedkv_compile.passes import append
@@ -39,6 +40,16 @@ def test_a_growing_cache_beyond_32_bit_indexing_is_an_error_and_never_a_wrong_ad
     compiled = torch.compile(_step, backend="alignedkv", options={"strict": True})
     with interpreted(), torch.no_grad(), pytest.raises(CacheTooLongError, match=f"addresses {BLOCK_ROWS} at most"):
         compiled(query, key, value, *past)
+
+
+def test_a_bound_on_every_output_is_declined_and_stock_attention_stays() -> None:
+    inputs = torch.randn(1, 4, 1, 16), *(torch.randn(1, 2, rows, 16) for rows in (1, 1, 40, 40))
+    compiled = torch.compile(_step, backend="alignedkv", options={"guarantee": "worst_case", "min_context": 0})
+    with interpreted(), torch.no_grad():
+        output, *_ = compiled(*inputs)
+    (site,) = alignedkv_compile.report().graphs[0].sites
+    assert site.reason == "guarantee='worst_case' has generated C++ only; this cache is on cpu"
+    torch.testing.assert_close(output, _step(*inputs)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_without_triton_nothing_is_lost_on_cpus() -> None:
