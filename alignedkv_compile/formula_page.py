@@ -79,7 +79,15 @@ NOTES: Mapping[str, tuple[str, str]] = {
     "score_bound": ("d: largest error of a score whose K row is read at b bits.", "this project"),
     "value_bound": ("Largest norm of the error of a V row read at b bits.", "this project"),
     "skipped_value_bound": ("Largest norm of the error of a V row that a mean stands in for.", "this project"),
-    "weight_error_bound": ("Largest error of a weight before the weights are normalised.", "this project"),
+    "weight_error_bound": (
+        "Largest error of a weight before the weights are normalised: at least p (e^d - 1), by Taylor's theorem.",
+        "this project",
+    ),
+    "weight_least": ("What a weight is at least: an addend of A.", "this project"),
+    "weight_slack": (
+        "Added to d in generated code, where weights are float32: the exponential's error and its argument's rounding, doubled.",
+        "this project",
+    ),
     "key_addend": ("What leaving a K row at its bits adds to the certificate.", "this project"),
     "certificate": ("Bound on the norm of the output's error.", "this project"),
     "worst_case_budget": (

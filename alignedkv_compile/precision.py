@@ -140,19 +140,26 @@ def evaluate(name: str, **values: float) -> float:
         return math.inf
 
 
-def print_cpp_function(function: str, name: str, arguments: Sequence[str], constants: Mapping[str, float] | None = None) -> str:
+def print_cpp_function(
+    function: str,
+    name: str,
+    arguments: Sequence[str],
+    constants: Mapping[str, float] | None = None,
+    expressions: Mapping[str, sympy.Expr] = EXPRESSIONS,
+) -> str:
     """A named formula as a C++ function from floats to float, evaluated in double.
 
     Args:
         function: name of the C++ function.
-        name: a key of :data:`EXPRESSIONS`.
+        name: a key of ``expressions``.
         arguments: the formula's symbols in the order of the function's parameters.
         constants: values for the remaining symbols.
+        expressions: the formulas by name.
 
     Raises:
         ValueError: a symbol is neither an argument nor a constant, or one is named that the formula lacks.
     """
-    expression = EXPRESSIONS[name]
+    expression = expressions[name]
     values = constants or {}
     named, free = {*arguments, *values}, {str(symbol) for symbol in expression.free_symbols}
     if named != free:
@@ -163,10 +170,13 @@ def print_cpp_function(function: str, name: str, arguments: Sequence[str], const
     return f"static inline float {function}({parameters}) {{ return (float)({text}); }}"
 
 
-def print_cpp_vector_function(function: str, name: str, argument: str) -> str:
-    """A named formula of one symbol as a C++ function of a vector ``vf`` of floats."""
-    text = sympy.ccode(EXPRESSIONS[name], type_aliases={real: float32})
-    return f"static inline vf {function}(vf {argument}) {{ return {text}; }}"
+def print_cpp_vector_function(
+    function: str, name: str, arguments: Sequence[str], expressions: Mapping[str, sympy.Expr] = EXPRESSIONS
+) -> str:
+    """A named formula of sums, products and exponentials as a C++ function of vectors ``vf`` of floats, its symbols in order."""
+    text = sympy.ccode(expressions[name], type_aliases={real: float32}).replace("expf(", "vexp(")
+    parameters = ", ".join(f"vf {argument}" for argument in arguments)
+    return f"static inline vf {function}({parameters}) {{ return {text}; }}"
 
 
 class _TritonPrinter(StrPrinter):

@@ -30,14 +30,7 @@ from .reference_head import (
     masked_softmax,
     skipped_output,
 )
-from .worst_case import SHARES, WORST_CASE, query_slack
-
-REFINEMENTS = 3
-"""How often rows of K may be chosen anew after the weights have changed."""
-SMALLEST_SCALE = 2.0**-100
-"""Rows of a smaller scale, but for zeros, are not certified: 32768 / scale, by which they were written, nears float32's end."""
-LARGEST_SCORE_BOUND = 80.0
-"""Above it ``e^d`` says nothing, and is held here so that it stays finite."""
+from .worst_case import LADDER, LARGEST_SCORE_BOUND, REFINEMENTS, SHARES, SMALLEST_SCALE, WORST_CASE, query_slack
 
 
 @dataclass(frozen=True)
@@ -65,23 +58,20 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     means = block_means(call, views, head)
     kept = rows.choose_kept(weights, means)
     size = rows.coarse_output_norm(weights, kept, means[1])
-    bits = rows.refine_keys(weights, size)
+    bits = rows.refine_keys(weights, size, kept)
     if bits is None:
+        counts.bytes_read += int(rows.coarse_bytes(kept, means[0]))
         return None
     weights = masked_softmax(rows.scores)
     value_bits = rows.choose_value_bits(weights, kept, size)
     spent = _bytes(rows, bits, kept, value_bits, means[0])
-    full = rows.live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
-    if spent > float(STREAM_FRACTION) * full:
-        counts.bytes_read += int(rows.score_groups) * SCORE_GROUP * (padded_head_dim(call.key.shape[-1]) // 2 + 8)
-        return None
     output = weights[:, kept] @ rows.values(value_bits)[kept] + skipped_output(weights, kept, means[1].double())
     bound = rows.certify(weights, output, bits, kept, value_bits, means[1])
     allowed = _formula("worst_case_budget")(alpha=call.tolerance, u=call.unit_roundoff, R=output.norm(dim=-1))
     counts.bytes_read += int(spent)
     if not bool((bound <= allowed).all()):
         return None
-    counts.bytes_full += full
+    counts.bytes_full += rows.live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
     counts.rows += rows.live
     counts.key_rows_mid += int((bits >= 8).sum())
     counts.key_rows_full += int((bits == 16).sum())
@@ -185,7 +175,7 @@ class _Rows:
         coarse = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
         return coarse.norm(dim=-1)
 
-    def refine_keys(self, weights: torch.Tensor, size: torch.Tensor) -> torch.Tensor | None:
+    def refine_keys(self, weights: torch.Tensor, size: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
         """Bits of every K row, int64 ``[T]``; the scores are refined on the way. None when everything would be read anyway."""
         bits = torch.full(self.live_rows.shape, 4)
         for _ in range(REFINEMENTS):
@@ -197,11 +187,24 @@ class _Rows:
             refined = (cost > theta).any(0)
             whole = refined & ((self.key_cost(weights, torch.full_like(bits, 8), size) > theta).any(0) | (bits == 8))
             bits = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
-            if int((bits == 16).sum()) > float(STREAM_FRACTION) * self.live:
+            if self.costs_too_much(bits, kept):
                 return None
             self.refine_scores(bits)
             weights = masked_softmax(self.scores)
         return bits
+
+    def costs_too_much(self, bits: torch.Tensor, kept: torch.Tensor) -> bool:
+        """Whether what is left to be read, V at 8 bits, comes near to reading everything."""
+        key, value = self.call.key, self.call.value
+        ahead = int((bits >= 8).sum()) * (padded_head_dim(key.shape[-1]) // 2)
+        ahead += int((bits == 16).sum()) * key.shape[-1] * key.element_size()
+        ahead += int(kept.sum()) * (padded_head_dim(value.shape[-1]) // 2)
+        return ahead > float(STREAM_FRACTION) * self.live * (key.shape[-1] + value.shape[-1]) * key.element_size()
+
+    def coarse_bytes(self, kept: torch.Tensor, skippable: torch.Tensor) -> float:
+        """Bytes read up to the output's first norm: scores, V at 4 bits, means."""
+        coarse = torch.full_like(kept, 4, dtype=torch.int64)
+        return _bytes(self, coarse, kept, coarse, skippable)
 
     def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
@@ -262,7 +265,7 @@ class _Rows:
             V=value_errors,
             W=moved.sum(-1),
             W_v=moved @ self.value_norm,
-            A=(weights * torch.exp(-d)).sum(-1),
+            A=_formula("weight_least")(p=weights, d=d).sum(-1),
             R=output.norm(dim=-1),
         )
 
@@ -270,8 +273,8 @@ class _Rows:
 def linear_threshold(
     cost: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, finer: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Largest power of two ``theta [M]`` for which the rows that are left with ``cost <= theta`` cost at most ``allowed`` in
-    all.
+    """Largest of the limit, its half, its quarter and so on for which the rows that are left with ``cost <= theta [M]`` cost at
+    most ``allowed`` in all; zero when none of the :data:`.worst_case.LADDER` is small enough.
 
     Args:
         cost: ``[M, T]``, not negative.
@@ -279,22 +282,13 @@ def linear_threshold(
         allowed: ``[M]``.
         finer: ``[M, T]``: what a row costs after one refinement. Rows above the threshold then count with it, if it lies below.
     """
-    found = []
-    for index, limit in enumerate(allowed.tolist()):
-        here = cost[index, rows]
-        after = None if finer is None else finer[index, rows]
-        exponent = math.frexp(limit)[1] if limit > 0 else -1074
-        lowest = exponent - 2 * max(1, len(here)).bit_length() - 2
-        while exponent > lowest:
-            theta = math.ldexp(1.0, exponent)
-            left = torch.where(here <= theta, here, 0.0 if after is None else torch.where(after <= theta, after, 0.0))
-            if float(left.sum()) <= limit:
-                break
-            exponent -= 1
-        else:
-            theta = 0.0
-        found.append(theta)
-    return torch.tensor(found, dtype=torch.float64)
+    found = torch.zeros_like(allowed)
+    after = torch.zeros_like(cost) if finer is None else finer
+    for step in reversed(range(LADDER)):
+        theta = (allowed * 2.0**-step)[:, None]
+        left = torch.where(cost <= theta, cost, torch.where(after <= theta, after, 0.0))
+        found = torch.where(left[:, rows].sum(-1) <= allowed, theta[:, 0], found)
+    return found
 
 
 def _bytes(rows: _Rows, bits: torch.Tensor, kept: torch.Tensor, value_bits: torch.Tensor, skippable: torch.Tensor) -> float:

@@ -10,7 +10,8 @@ chosen. Derivation in docs/formulas.md. Symbols, beside those of :mod:`.precisio
 * ``D_K``: head dimension of K;
 * ``d``: bound on the error of one row's score;
 * ``m``: norm of the mean that stands in for a V row;
-* ``V``: bound on what V's errors add to the output; ``W``: sum of ``p (e^d - 1)`` over the rows; ``W_v``: the same sum with
+* ``x``: distance of a row's score from the largest;
+* ``V``: bound on what V's errors add to the output; ``W``: sum of :data:`weight_error_bound` over the rows; ``W_v``: the same sum with
   each row's weight times its norm ``v``; ``A``: sum of ``p e^-d``.
 """
 
@@ -23,7 +24,7 @@ import sympy
 
 from .precision import D, R, alpha, b, p, s_K, s_V, u, v
 
-q_1, r_1, D_K, d, m, V, W, W_v, A = sympy.symbols("q_1 r_1 D_K d m V W W_v A", positive=True)
+q_1, r_1, D_K, d, m, x, V, W, W_v, A = sympy.symbols("q_1 r_1 D_K d m x V W W_v A", positive=True)
 
 UNIT = sympy.Rational(1, 2**24)
 """Unit roundoff of float32, in which planes are written and the query is mixed."""
@@ -51,10 +52,16 @@ value_bound = s_V * sympy.sqrt(D) * (2**-b + CODE_SLACK)
 skipped_value_bound = v * NORM_SLACK + m
 """Norm of the error of a V row that a mean stands in for."""
 
-weight_error_bound = p * (sympy.exp(d) - 1)
+growth = d * (1 + d * sympy.exp(d) / 2)
+"""At least ``e^d - 1``, by Taylor's theorem, and without its cancellation where ``d`` is small."""
+
+weight_error_bound = p * growth
 """A row's weight, computed from a score that is off by at most ``d``, before the weights are normalised."""
 
-key_addend = p * (sympy.exp(d) - 1) * (v * NORM_SLACK + R)
+weight_least = p * sympy.exp(-d)
+"""What that weight is at least: the addend of ``A``."""
+
+key_addend = p * growth * (v * NORM_SLACK + R)
 """What leaving a K row at its bits adds to the certificate, but for ``A`` and ``V``: what the policy holds against a
 threshold."""
 
@@ -65,6 +72,19 @@ With ``o' = sum p v`` for the read weights and exact V, and ``r = e^(s - s')`` t
 output is ``o = o' + sum p (r - 1) (v - o') / sum p r``, because ``sum p (v - o') = 0``. So ``||o - o'|| <= sum p (e^d - 1) (v
 + ||o'||) / sum p e^-d``, and ``o'`` itself is within ``V`` of the output as computed."""
 
+weight_slack = 2 * UNIT * (4 + x)
+"""Added to ``d`` where weights are float32 (generated code): the exponential's relative error, below 4 units, and the rounding of
+its argument, both doubled."""
+
+VALUE_TILE = 16
+"""V rows whose weighted sum is a float32 in generated code; sums of such sums are doubles."""
+
+SUM_SLACK = 2 * VALUE_TILE * UNIT
+"""What those float32 sums lose, in units of ``sum p ||v||``, doubled."""
+
+FLOAT_SLACK = sympy.Rational(1, 2**18)
+"""Relative error of the certificate's own sums in generated code: float32 over a block of 128 rows, doubles over blocks."""
+
 worst_case_budget = alpha * u * R
 """The certificate that ``tolerance`` allows: rounding the output to its dtype makes an error of at most ``u R``."""
 
@@ -73,6 +93,8 @@ WORST_CASE: Mapping[str, sympy.Expr] = {
     "value_bound": value_bound,
     "skipped_value_bound": skipped_value_bound,
     "weight_error_bound": weight_error_bound,
+    "weight_least": weight_least,
+    "weight_slack": weight_slack,
     "key_addend": key_addend,
     "certificate": certificate,
     "worst_case_budget": worst_case_budget,
@@ -83,6 +105,20 @@ SHARES: Mapping[str, float] = {"skip": 1 / 8, "key": 3 / 8, "value": 1 / 4}
 """How the certified read divides its budget. The rest, a quarter, is kept for what the weights change while K is refined.
 Only the
 bytes depend on this division: the certificate is computed from what was read."""
+
+
+LADDER = 24
+"""Thresholds that are tried when rows are chosen, each half of the one before. The first is the limit on the sum of what the
+rows left cost; 2^23 rows at the last one are within it whatever they hold."""
+
+REFINEMENTS = 3
+"""How often rows of K may be chosen anew after the weights have changed."""
+
+SMALLEST_SCALE = 2.0**-100
+"""Rows of a smaller scale, but for zeros, are not certified: 32768 / scale, by which they were written, nears float32's end."""
+
+LARGEST_SCORE_BOUND = 80.0
+"""Above it ``e^d`` says nothing, and is held here so that it stays finite."""
 
 
 def query_slack(dimension: int) -> float:

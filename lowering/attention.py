@@ -1,9 +1,10 @@
-"""``aligned_read_attention`` as a C++ kernel."""
+"""``aligned_read_attention`` and ``certified_read_attention`` as C++ kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -11,7 +12,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from .. import layout, ops, precision
+from .. import layout, ops, precision, worst_case
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
@@ -37,12 +38,14 @@ class Constants:
     site: int
 
 
-class AlignedReadAttention(Template):
-    """The kernel for one set of head dimensions, group size, query rows, dtypes, mask kind and options."""
+class ReadAttention(Template):
+    """The kernel for one set of head dimensions, group size, query rows, dtypes, mask kind and options; the certified read where
+    there is an input ``bounds``."""
 
     def __init__(self, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, constants: Constants) -> None:
-        mutated = ["counters"] if "counters" in inputs else []
-        super().__init__("aligned_read_attention", inputs, mutated, layout)
+        mutated = [name for name in ("bounds", "counters") if name in inputs]
+        name = "certified_read_attention" if "bounds" in inputs else "aligned_read_attention"
+        super().__init__(name, inputs, mutated, layout)
         self.constants = constants
 
     def source(self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer) -> str:
@@ -54,6 +57,7 @@ class AlignedReadAttention(Template):
         definition, aliases = self.definition(kernel, nodes, output, sizes)
         if "counters" in nodes:
             kernel.add_integer(constants.site, "site")
+        certified = "bounds" in nodes
         text = kernel.size_expression
         isa = chosen_isa()
         has_planes = "planes" in nodes
@@ -77,11 +81,14 @@ class AlignedReadAttention(Template):
             arena=arena_header(constants.key_dim, constants.value_dim),
             common=common,
             stream=render("stream.h.jinja", **shared),
-            aligned=render("aligned_read.h.jinja", formulas=_formulas(constants), **shared) if has_planes else "",
+            read_planes=_read_planes(constants, shared, certified=certified) if has_planes else "",
             definition=definition,
             aliases=aliases,
             has_planes=has_planes,
             has_counters="counters" in nodes,
+            certified=certified,
+            bounds_width=text(nodes["bounds"].get_size()[2]) if certified else "",
+            bounds_offset=text(constants.site * 2 * nodes["bounds"].get_size()[2]) if certified else "",
             counter_fields=len(ops.COUNTER_FIELDS),
             batch=text(key.get_size()[0]),
             heads=text(key.get_size()[1]),
@@ -111,6 +118,67 @@ def mask_minimum(mask: ir.IRNode | None) -> float:
     return torch.finfo(mask.get_dtype()).min / 2
 
 
+def _read_planes(constants: Constants, shared: Mapping[str, object], *, certified: bool) -> str:
+    """The read of one head's planes."""
+    if not certified:
+        return render("aligned_read.h.jinja", formulas=_formulas(constants), **shared)
+    return render(
+        "certified_read.h.jinja",
+        formulas=_certified_formulas(constants),
+        refinements=worst_case.REFINEMENTS,
+        ladder=worst_case.LADDER,
+        value_tile=worst_case.VALUE_TILE,
+        **shared,
+    )
+
+
+def _option_constants(constants: Constants) -> list[str]:
+    """The call's options, and the limits of both reads, as C++."""
+    return [
+        f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
+        f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
+        f"constexpr float MIN_NORM = {precision.NORM_RANGE[0]:.9e}f, MAX_NORM = {precision.NORM_RANGE[1]:.9e}f;",
+        f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",
+    ]
+
+
+def _certified_formulas(constants: Constants) -> str:
+    """The certificate as C++ functions and constants."""
+
+    def scalar(function: str, name: str, *arguments: str, **values: float) -> str:
+        return precision.print_cpp_function(function, name, arguments, values, worst_case.WORST_CASE)
+
+    def vector(name: str, *arguments: str) -> str:
+        return precision.print_cpp_vector_function(name, name, arguments, worst_case.WORST_CASE)
+
+    value_bound = worst_case.value_bound.subs({worst_case.s_V: 1, worst_case.D: constants.value_dim})
+    numbers = {
+        "VALUE_BOUND_4": value_bound.subs(worst_case.b, 4),
+        "VALUE_BOUND_8": value_bound.subs(worst_case.b, 8),
+        "QUERY_SLACK": worst_case.query_slack(constants.key_dim),
+        "SUM_SLACK": worst_case.SUM_SLACK,
+        "FLOAT_SLACK": worst_case.FLOAT_SLACK,
+        "SMALLEST_SCALE": worst_case.SMALLEST_SCALE,
+        "LARGEST_SCORE_BOUND": worst_case.LARGEST_SCORE_BOUND,
+        **{f"{name.upper()}_SHARE": share for name, share in worst_case.SHARES.items()},
+    }
+    return "\n".join(
+        [
+            scalar("score_bound_4", "score_bound", "q_1", "r_1", "s_K", b=4, D_K=constants.key_dim),
+            scalar("score_bound_8", "score_bound", "q_1", "r_1", "s_K", b=8, D_K=constants.key_dim),
+            scalar("worst_case_budget", "worst_case_budget", "R", "alpha", "u"),
+            scalar("certificate", "certificate", "A", "R", "V", "W", "W_v"),
+            vector("skipped_value_bound", "m", "v"),
+            vector("key_addend", "R", "d", "p", "v"),
+            vector("weight_error_bound", "d", "p"),
+            vector("weight_least", "d", "p"),
+            vector("weight_slack", "x"),
+            *(f"constexpr float {name} = {float(number):.9e}f;" for name, number in numbers.items()),
+            *_option_constants(constants),
+        ]
+    )
+
+
 def _formulas(constants: Constants) -> str:
     """The error model as C++ functions and constants."""
     value_coefficient = {bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)}
@@ -122,7 +190,7 @@ def _formulas(constants: Constants) -> str:
         ),
         precision.print_cpp_function("threshold", "threshold", ("B", "E", "N")),
         precision.print_cpp_function("remaining_budget", "remaining_budget", ("B", "left")),
-        precision.print_cpp_vector_function("weight_error_factor", "weight_error_factor", "x"),
+        precision.print_cpp_vector_function("weight_error_factor", "weight_error_factor", ("x",)),
         precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4}),
         precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8}),
         precision.print_cpp_function(
@@ -132,10 +200,7 @@ def _formulas(constants: Constants) -> str:
         ),
         f"constexpr float VALUE_COEFFICIENT_4 = {value_coefficient[4]:.9e}f;",
         f"constexpr float VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
-        f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
-        f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
-        f"constexpr float MIN_NORM = {precision.NORM_RANGE[0]:.9e}f, MAX_NORM = {precision.NORM_RANGE[1]:.9e}f;",
-        f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",
+        *_option_constants(constants),
     ]
     return "\n".join(functions)
 
@@ -151,6 +216,8 @@ def _lower(
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
+    *,
+    bounds: ir.TensorBox | None = None,
     counters: ir.TensorBox | None = None,
     site: int = 0,
 ) -> ir.TensorBox:
@@ -174,19 +241,32 @@ def _lower(
         inputs["planes"] = realize(planes, contiguous_last=False)
     if mask is not None:
         inputs["mask"] = realize(mask, contiguous_last=False)
-    if counters is not None:
-        inputs["counters"] = realize(counters, contiguous_last=False)
+    for name, tensor in (("bounds", bounds), ("counters", counters)):
+        if tensor is not None:
+            inputs[name] = realize(tensor, contiguous_last=False)
     size = [batch, query_heads, query_rows, sympy.Integer(value_dim)]
     strides = ir.FlexibleLayout.contiguous_strides(size)
     output = ir.FixedLayout(device_of(query), query.get_dtype(), size, strides)
     if generates_triton(device_of(query)):
         return _lower_to_triton(inputs, output, constants)
-    return emit(AlignedReadAttention(inputs, output, constants))
+    return emit(ReadAttention(inputs, output, constants))
+
+
+def _lowering(*extras: str) -> Callable[..., ir.TensorBox]:
+    """The lowering of an overload whose schema ends with the tensors and the index named."""
+    call = _lower.__code__.co_argcount
+
+    def lower(*arguments: Any, **options: Any) -> ir.TensorBox:
+        return _lower(*arguments[:call], **dict(zip(extras, arguments[call:], strict=False)), **options)
+
+    return lower
 
 
 def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, constants: Constants) -> ir.TensorBox:
     from .triton.attention import Read, Settings  # triton need not be installed for CPUs
 
+    if "bounds" in inputs:
+        raise NotImplementedError("certified_read_attention has generated C++ only; call it outside torch.compile on this device")
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
     settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)
@@ -199,7 +279,12 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
 
 
 def register() -> None:
-    """Register the lowering; harmless when repeated."""
-    for overload in (ops.aligned_read_attention.default, ops.aligned_read_attention.counted):
+    """Register the lowerings; harmless when repeated."""
+    for overload, extras in (
+        (ops.aligned_read_attention.default, ()),
+        (ops.aligned_read_attention.counted, ("counters", "site")),
+        (ops.certified_read_attention.default, ("bounds", "site")),
+        (ops.certified_read_attention.counted, ("bounds", "counters", "site")),
+    ):
         if overload not in lowerings:
-            register_lowering(overload, type_promotion_kind=None)(_lower)
+            register_lowering(overload, type_promotion_kind=None)(_lowering(*extras))
