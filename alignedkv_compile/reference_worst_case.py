@@ -58,27 +58,30 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     means = block_means(call, views, head)
     kept = rows.choose_kept(weights, means)
     size = rows.coarse_output_norm(weights, kept, means[1])
-    bits = rows.refine_keys(weights, size, kept)
-    if bits is None:
-        counts.bytes_read += int(rows.coarse_bytes(kept, means[0]))
+    keys = rows.refine_keys(weights, size, kept)
+    if not keys.within:
+        _count(rows, keys, kept, torch.full(kept.shape, 4), means[0], counts)
         return None
     weights = masked_softmax(rows.scores)
     value_bits = rows.choose_value_bits(weights, kept, size)
-    spent = _bytes(rows, bits, kept, value_bits, means[0])
     output = weights[:, kept] @ rows.values(value_bits)[kept] + skipped_output(weights, kept, means[1].double())
-    bound = rows.certify(weights, output, bits, kept, value_bits, means[1])
+    bound = rows.certify(weights, output, keys.bits, kept, value_bits, means[1])
     allowed = _formula("worst_case_budget")(alpha=call.tolerance, u=call.unit_roundoff, R=output.norm(dim=-1))
-    counts.bytes_read += int(spent)
+    _count(rows, keys, kept, value_bits, means[0], counts)
     if not bool((bound <= allowed).all()):
         return None
     counts.bytes_full += rows.live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
     counts.rows += rows.live
-    counts.key_rows_mid += int((bits >= 8).sum())
-    counts.key_rows_full += int((bits == 16).sum())
-    counts.value_rows_hi += int(kept.sum())
-    counts.value_rows_mid += int((kept & (value_bits >= 8)).sum())
-    counts.value_rows_full += int((kept & (value_bits == 16)).sum())
     return CertifiedRead(output, bound)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """How K was read: bits of every row, int64 ``[T]``; rows whose middle plane was read, bool ``[T]``; whether that was enough."""
+
+    bits: torch.Tensor
+    middle: torch.Tensor
+    within: bool
 
 
 @dataclass
@@ -175,9 +178,10 @@ class _Rows:
         coarse = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
         return coarse.norm(dim=-1)
 
-    def refine_keys(self, weights: torch.Tensor, size: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
-        """Bits of every K row, int64 ``[T]``; the scores are refined on the way. None when everything would be read anyway."""
+    def refine_keys(self, weights: torch.Tensor, size: torch.Tensor, kept: torch.Tensor) -> _Keys:
+        """Refine the scores, unless everything would be read anyway."""
         bits = torch.full(self.live_rows.shape, 4)
+        middle = torch.zeros_like(self.live_rows)
         for _ in range(REFINEMENTS):
             cost = self.key_cost(weights, bits, size)
             allowed = self.budget("key", size)
@@ -186,25 +190,22 @@ class _Rows:
             theta = linear_threshold(cost, self.live_rows, allowed)[:, None]
             refined = (cost > theta).any(0)
             whole = refined & ((self.key_cost(weights, torch.full_like(bits, 8), size) > theta).any(0) | (bits == 8))
-            bits = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
-            if self.costs_too_much(bits, kept):
-                return None
+            finer = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
+            read = middle | (finer == 8)
+            if self.costs_too_much(finer, read, kept):
+                return _Keys(bits, middle, within=False)
+            bits, middle = finer, read
             self.refine_scores(bits)
             weights = masked_softmax(self.scores)
-        return bits
+        return _Keys(bits, middle, within=True)
 
-    def costs_too_much(self, bits: torch.Tensor, kept: torch.Tensor) -> bool:
+    def costs_too_much(self, bits: torch.Tensor, middle: torch.Tensor, kept: torch.Tensor) -> bool:
         """Whether what is left to be read, V at 8 bits, comes near to reading everything."""
         key, value = self.call.key, self.call.value
-        ahead = int((bits >= 8).sum()) * (padded_head_dim(key.shape[-1]) // 2)
+        ahead = int(middle.sum()) * (padded_head_dim(key.shape[-1]) // 2)
         ahead += int((bits == 16).sum()) * key.shape[-1] * key.element_size()
         ahead += int(kept.sum()) * (padded_head_dim(value.shape[-1]) // 2)
         return ahead > float(STREAM_FRACTION) * self.live * (key.shape[-1] + value.shape[-1]) * key.element_size()
-
-    def coarse_bytes(self, kept: torch.Tensor, skippable: torch.Tensor) -> float:
-        """Bytes read up to the output's first norm: scores, V at 4 bits, means."""
-        coarse = torch.full_like(kept, 4, dtype=torch.int64)
-        return _bytes(self, coarse, kept, coarse, skippable)
 
     def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
@@ -291,15 +292,24 @@ def linear_threshold(
     return found
 
 
-def _bytes(rows: _Rows, bits: torch.Tensor, kept: torch.Tensor, value_bits: torch.Tensor, skippable: torch.Tensor) -> float:
-    """Bytes that the read takes."""
+def _count(
+    rows: _Rows, keys: _Keys, kept: torch.Tensor, value_bits: torch.Tensor, skippable: torch.Tensor, counts: ReadCounts
+) -> None:
+    """Add the bytes and rows that the read takes."""
     key, value = rows.call.key, rows.call.value
     plane_key, plane_value = padded_head_dim(key.shape[-1]) // 2, padded_head_dim(value.shape[-1]) // 2
     skipped = torch.nn.functional.pad(skippable & ~kept, (0, -len(kept) % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1)
+    key_mid, key_full = int(keys.middle.sum()), int((keys.bits == 16).sum())
+    value_hi, value_mid = int(kept.sum()), int((kept & (value_bits == 8)).sum())
+    value_full = int((kept & (value_bits == 16)).sum())
     read = rows.score_groups * SCORE_GROUP * (plane_key + 8) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
-    read += int((bits >= 8).sum()) * plane_key + int((bits == 16).sum()) * key.shape[-1] * key.element_size()
-    read += int(kept.sum()) * plane_value + int((kept & (value_bits >= 8)).sum()) * plane_value
-    return read + int((kept & (value_bits == 16)).sum()) * value.shape[-1] * value.element_size()
+    read += key_mid * plane_key + key_full * key.shape[-1] * key.element_size()
+    counts.bytes_read += read + (value_hi + value_mid) * plane_value + value_full * value.shape[-1] * value.element_size()
+    counts.key_rows_mid += key_mid
+    counts.key_rows_full += key_full
+    counts.value_rows_hi += value_hi
+    counts.value_rows_mid += value_mid
+    counts.value_rows_full += value_full
 
 
 @functools.cache
