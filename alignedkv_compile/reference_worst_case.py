@@ -30,7 +30,7 @@ from .reference_head import (
     masked_softmax,
     skipped_output,
 )
-from .worst_case import LADDER, LARGEST_SCORE_BOUND, REFINEMENTS, SHARES, SMALLEST_SCALE, WORST_CASE, query_slack
+from .worst_case import FINEST_BUDGET, LADDER, LARGEST_SCORE_BOUND, REFINEMENTS, SHARES, SMALLEST_SCALE, WORST_CASE, query_slack
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
 
     Returns None, with the bytes read so far counted, when that takes more than reading everything, or a number is not finite.
     """
-    rows = _Rows.load(call, views, head)
+    fine = call.tolerance * call.unit_roundoff < FINEST_BUDGET
+    rows = None if fine else _Rows.load(call, views, head)
     if rows is None:
         return None
     weights = masked_softmax(rows.scores)
@@ -182,6 +183,7 @@ class _Rows:
         """Refine the scores, unless everything would be read anyway."""
         bits = torch.full(self.live_rows.shape, 4)
         middle = torch.zeros_like(self.live_rows)
+        value_bytes = self.value_bytes(self.choose_value_bits(weights, kept, size), kept)
         for _ in range(REFINEMENTS):
             cost = self.key_cost(weights, bits, size)
             allowed = self.budget("key", size)
@@ -192,20 +194,25 @@ class _Rows:
             whole = refined & ((self.key_cost(weights, torch.full_like(bits, 8), size) > theta).any(0) | (bits == 8))
             finer = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
             read = middle | (finer == 8)
-            if self.costs_too_much(finer, read, kept):
+            if self.costs_too_much(finer, read, value_bytes):
                 return _Keys(bits, middle, within=False)
             bits, middle = finer, read
             self.refine_scores(bits)
             weights = masked_softmax(self.scores)
         return _Keys(bits, middle, within=True)
 
-    def costs_too_much(self, bits: torch.Tensor, middle: torch.Tensor, kept: torch.Tensor) -> bool:
-        """Whether what is left to be read, V at 8 bits, comes near to reading everything."""
+    def costs_too_much(self, bits: torch.Tensor, middle: torch.Tensor, value_bytes: int) -> bool:
+        """Whether what is left to be read comes near to reading everything."""
         key, value = self.call.key, self.call.value
         ahead = int(middle.sum()) * (padded_head_dim(key.shape[-1]) // 2)
         ahead += int((bits == 16).sum()) * key.shape[-1] * key.element_size()
-        ahead += int(kept.sum()) * (padded_head_dim(value.shape[-1]) // 2)
-        return ahead > float(STREAM_FRACTION) * self.live * (key.shape[-1] + value.shape[-1]) * key.element_size()
+        return ahead + value_bytes > float(STREAM_FRACTION) * self.live * (key.shape[-1] + value.shape[-1]) * key.element_size()
+
+    def value_bytes(self, bits: torch.Tensor, kept: torch.Tensor) -> int:
+        """What V rows at ``bits`` take beyond their 4-bit plane."""
+        value = self.call.value
+        middle, full = (int((kept & (bits == number)).sum()) for number in (8, 16))
+        return middle * (padded_head_dim(value.shape[-1]) // 2) + full * value.shape[-1] * value.element_size()
 
     def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
@@ -262,11 +269,12 @@ class _Rows:
         value_errors = weights @ torch.where(kept, self.value_bound(value_bits), replaced)
         d = self.score_bound(bits)
         moved = _formula("weight_error_bound")(p=weights, d=d)
+        least = _formula("weight_least")(p=weights, d=d).sum(-1)
         return _formula("certificate")(
             V=value_errors,
             W=moved.sum(-1),
             W_v=moved @ self.value_norm,
-            A=_formula("weight_least")(p=weights, d=d).sum(-1),
+            A=torch.where(least > 0, least, 1.0),  # fully masked query rows have no weights and no error
             R=output.norm(dim=-1),
         )
 
@@ -300,16 +308,15 @@ def _count(
     plane_key, plane_value = padded_head_dim(key.shape[-1]) // 2, padded_head_dim(value.shape[-1]) // 2
     skipped = torch.nn.functional.pad(skippable & ~kept, (0, -len(kept) % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1)
     key_mid, key_full = int(keys.middle.sum()), int((keys.bits == 16).sum())
-    value_hi, value_mid = int(kept.sum()), int((kept & (value_bits == 8)).sum())
-    value_full = int((kept & (value_bits == 16)).sum())
+    value_hi = int(kept.sum())
     read = rows.score_groups * SCORE_GROUP * (plane_key + 8) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
     read += key_mid * plane_key + key_full * key.shape[-1] * key.element_size()
-    counts.bytes_read += read + (value_hi + value_mid) * plane_value + value_full * value.shape[-1] * value.element_size()
+    counts.bytes_read += read + value_hi * plane_value + rows.value_bytes(value_bits, kept)
     counts.key_rows_mid += key_mid
     counts.key_rows_full += key_full
     counts.value_rows_hi += value_hi
-    counts.value_rows_mid += value_mid
-    counts.value_rows_full += value_full
+    counts.value_rows_mid += int((kept & (value_bits == 8)).sum())
+    counts.value_rows_full += int((kept & (value_bits == 16)).sum())
 
 
 @functools.cache

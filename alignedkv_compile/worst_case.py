@@ -117,6 +117,10 @@ REFINEMENTS = 3
 SMALLEST_SCALE = 2.0**-100
 """Rows of a smaller scale, but for zeros, are not certified: 32768 / scale, by which they were written, nears float32's end."""
 
+FINEST_BUDGET = 2.0**-16
+"""Below this ``tolerance`` times unit roundoff everything is read at once: generated code could not certify less, because of
+:data:`SUM_SLACK` and :data:`weight_slack`."""
+
 LARGEST_SCORE_BOUND = 80.0
 """Above it ``e^d`` says nothing, and is held here so that it stays finite."""
 

@@ -237,7 +237,8 @@ def _lower(
         site=site,
     )
     inputs = {"query": realize(query, contiguous_last=False), "key": realize(key), "value": realize(value)}
-    if planes is not None and tolerance > 0:
+    worthwhile = tolerance > 0 if bounds is None else tolerance * unit_roundoff >= worst_case.FINEST_BUDGET
+    if planes is not None and worthwhile:
         inputs["planes"] = realize(planes, contiguous_last=False)
     if mask is not None:
         inputs["mask"] = realize(mask, contiguous_last=False)

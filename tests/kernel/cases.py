@@ -147,6 +147,39 @@ def run_reference(case: Case, planes: torch.Tensor | None) -> Result:
     return _run(ops.aligned_read_attention.counted, case, planes)
 
 
+@dataclass(frozen=True)
+class Certified(Result):
+    """The same of a certified read, with its certificates ``[Hq]`` in units of ``u * ||output||``."""
+
+    bounds: torch.Tensor
+
+
+def _run_certified(call: Callable[..., torch.Tensor], case: Case, planes: torch.Tensor | None) -> Certified:
+    heads = case.query.shape[1]
+    bounds = torch.zeros(2, 2, heads + 1)
+    bounds[1, 0] = torch.inf  # of the call before
+    bounds[1, :, heads:] = -1  # another site's heads
+    counters = torch.zeros(2, len(ops.COUNTER_FIELDS), dtype=torch.int64)
+    output = call(*case.arguments(planes), bounds, counters, 1)
+    assert not bounds[0].any()
+    assert not counters[0].any()
+    assert bool((bounds[1, :, heads:] == -1).all())
+    last, worst = bounds[1, :, :heads]
+    assert torch.equal(last, worst)
+    return Certified(output, dict(zip(ops.COUNTER_FIELDS, counters[1].tolist(), strict=True)), last)
+
+
+def run_certified_reference(case: Case, planes: torch.Tensor | None) -> Certified:
+    return _run_certified(ops.certified_read_attention.counted, case, planes)
+
+
+def certified_errors(case: Case, output: torch.Tensor) -> torch.Tensor:
+    """Errors ``[Hq]`` in units of ``u * ||output||``, the largest over query rows: what certificates bound."""
+    error = (output.double() - exact(case)).norm(dim=-1)
+    size = output.double().norm(dim=-1)
+    return torch.where(error > 0, error / (case.roundoff * size), 0.0).amax((0, 2))
+
+
 @contextlib.contextmanager
 def keyed_caches() -> Iterator[None]:
     """Inductor's caches keyed by our sources and instruction set, as the backend keys them."""
@@ -158,18 +191,37 @@ def keyed_caches() -> Iterator[None]:
 
 def run_kernel(case: Case, planes: torch.Tensor | None) -> Result:
     """Through torch.compile and the C++ lowering; rows are symbolic, so that a shape's kernel is compiled once."""
+    _mark_rows_dynamic(case, planes)
+    with keyed_caches():
+        return _run(_compiled_attention(), case, planes)
+
+
+def run_certified_kernel(case: Case, planes: torch.Tensor | None) -> Certified:
+    """The same for the certified read."""
+    _mark_rows_dynamic(case, planes)
+    with keyed_caches():
+        return _run_certified(_compiled_certified(), case, planes)
+
+
+def _mark_rows_dynamic(case: Case, planes: torch.Tensor | None) -> None:
     for tensor, dims in ((case.key, (2,)), (case.value, (2,)), (case.mask, (3,)), (planes, (0,))):
         for dim in dims:
             if tensor is not None and tensor.shape[dim] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    with keyed_caches():
-        return _run(_compiled_attention(), case, planes)
 
 
 @functools.cache
 def _compiled_attention() -> Callable[..., torch.Tensor]:
     def attention(*arguments: object) -> torch.Tensor:
         return ops.aligned_read_attention.counted(*arguments)
+
+    return torch.compile(attention, fullgraph=True)
+
+
+@functools.cache
+def _compiled_certified() -> Callable[..., torch.Tensor]:
+    def attention(*arguments: object) -> torch.Tensor:
+        return ops.certified_read_attention.counted(*arguments)
 
     return torch.compile(attention, fullgraph=True)
 

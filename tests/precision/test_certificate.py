@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, exact, make_case, write_planes
+from cases import Case, certified_errors, exact, make_case, run_certified_reference, write_planes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import SPECIALS, Recipe, recipes, with_special
@@ -27,31 +27,15 @@ DEEP = 60
 
 
 def certified(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
-    """Output, certificates ``[Hq]`` in units of ``u * ||output||``, and counters."""
-    heads = case.query.shape[1]
-    bounds = torch.zeros(2, 2, heads + 1)
-    bounds[1, 0] = torch.inf  # of the call before
-    bounds[1, :, heads:] = -1  # another site's heads
-    counters = torch.zeros(2, len(ops.COUNTER_FIELDS), dtype=torch.int64)
-    output = ops.certified_read_attention.counted(*case.arguments(write_planes(case)), bounds, counters, 1)
-    assert not bounds[0].any()
-    assert bool((bounds[1, :, heads:] == -1).all())
-    last, worst = bounds[1, :, :heads]
-    assert torch.equal(last, worst)
-    return output, last, dict(zip(ops.COUNTER_FIELDS, counters[1].tolist(), strict=True))
-
-
-def actual_errors(case: Case, output: torch.Tensor) -> torch.Tensor:
-    """Errors ``[Hq]`` in units of ``u * ||output||``, the largest over query rows."""
-    error = (output.double() - exact(case)).norm(dim=-1)
-    size = output.double().norm(dim=-1)
-    return torch.where(error > 0, error / (case.roundoff * size), 0.0)[0].amax(-1)
+    """Output, certificates and counters."""
+    result = run_certified_reference(case, write_planes(case))
+    return result.output, result.bounds, result.counts
 
 
 def check(case: Case) -> bool:
     """Assert the promise; whether any bits were left out."""
     output, bounds, counts = certified(case)
-    errors = actual_errors(case, output)
+    errors = certified_errors(case, output)
     size = output.double().norm(dim=-1)[0].amin(-1).clamp_min(1e-300)
     rounding = (FLOAT32 + SUBNORMAL * output.shape[-1] ** 0.5 / size) / case.roundoff
     assert bool((errors <= bounds + rounding).all()), f"certified {bounds.tolist()}, actual {errors.tolist()}"
@@ -74,7 +58,7 @@ def test_bits_are_left_out_where_attention_is_peaked(dtype: torch.dtype) -> None
     case = make_case(rows=900, peak=6.0, tolerance=4.0 if dtype == torch.bfloat16 else 16.0, dtype=dtype)
     output, bounds, counts = certified(case)
     assert counts["bytes_read"] < 0.8 * counts["bytes_full"]
-    assert bool((actual_errors(case, output) <= bounds).all())
+    assert bool((certified_errors(case, output) <= bounds).all())
     assert float(bounds.min()) > 0
 
 
@@ -90,7 +74,7 @@ def test_the_bound_is_reached_within_an_order_of_magnitude_by_adversarial_rows()
     value[:, 0] = 15 / 16
     case = replace(case, value=value[None, None].float(), unit_roundoff=2.0**-8)
     output, bounds, _ = certified(case)
-    errors = actual_errors(case, output)
+    errors = certified_errors(case, output)
     assert bool((errors <= bounds + FLOAT32 / case.roundoff).all())
     assert float(errors.max()) > float(bounds.max()) / 10
 
@@ -112,7 +96,7 @@ def test_tolerance_zero_and_missing_planes_read_everything() -> None:
     output, bounds, counts = certified(case)
     assert counts["bytes_read"] == counts["bytes_full"]
     assert not bounds.any()
-    assert float(actual_errors(case, output).max()) <= FLOAT32 / case.roundoff
+    assert float(certified_errors(case, output).max()) <= FLOAT32 / case.roundoff
 
 
 def test_bounds_hold_the_last_certificates_and_the_largest_of_a_run() -> None:
