@@ -170,7 +170,7 @@ class _Rows:
         mean_norm = vectors.double().norm(dim=-1).repeat_interleave(BLOCK_ROWS)[: len(skippable)]
         cost = weights * _formula("skipped_value_bound")(v=self.value_norm, m=mean_norm)
         size = (weights * self.value_norm).square().sum(-1).sqrt()
-        above = cost > linear_threshold(cost, skippable, self.budget("skip", size))[:, None]
+        above = cost > linear_threshold(cost, skippable, self.budget("skip", size), self.live)[:, None]
         return (above.any(0) | ~skippable) & self.live_rows
 
     def coarse_output_norm(self, weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
@@ -186,17 +186,18 @@ class _Rows:
         value_bytes = self.value_bytes(self.choose_value_bits(weights, kept, size), kept)
         for _ in range(REFINEMENTS):
             cost = self.key_cost(weights, bits, size)
-            allowed = self.budget("key", size)
-            if bool((cost.sum(-1) <= allowed).all()):
+            if bool((cost.sum(-1) <= self.budget("accepted_key", size)).all()):
                 break
-            theta = linear_threshold(cost, self.live_rows, allowed)[:, None]
+            allowed = self.budget("key", size)
+            finer = self.key_cost(weights, torch.where(bits == 4, 8, 16), size)
+            theta = linear_threshold(cost, self.live_rows, allowed, self.live, finer)[:, None]
             refined = (cost > theta).any(0)
-            whole = refined & ((self.key_cost(weights, torch.full_like(bits, 8), size) > theta).any(0) | (bits == 8))
-            finer = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
-            read = middle | (finer == 8)
-            if self.costs_too_much(finer, read, value_bytes):
+            whole = refined & ((finer > theta).any(0) | (bits == 8))
+            chosen = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
+            read = middle | (chosen == 8)
+            if self.costs_too_much(chosen, read, value_bytes):
                 return _Keys(bits, middle, within=False)
-            bits, middle = finer, read
+            bits, middle = chosen, read
             self.refine_scores(bits)
             weights = masked_softmax(self.scores)
         return _Keys(bits, middle, within=True)
@@ -216,7 +217,8 @@ class _Rows:
 
     def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
-        return _formula("key_addend")(p=weights, d=self.score_bound(bits), v=self.value_norm, R=size[:, None])
+        grown = _formula("growth")(d=self.score_bound(bits))
+        return _formula("key_addend")(p=weights, g=grown, v=self.value_norm, R=size[:, None])
 
     def refine_scores(self, bits: torch.Tensor) -> None:
         """Scores of rows at 8 and 16 bits."""
@@ -234,7 +236,7 @@ class _Rows:
     def choose_value_bits(self, weights: torch.Tensor, kept: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Bits of every V row that is read, int64 ``[T]``."""
         at_4, at_8 = (weights * self.value_bound(torch.full(kept.shape, bits, device=kept.device)) for bits in (4, 8))
-        theta = linear_threshold(at_4, kept, self.budget("value", size), finer=at_8)[:, None]
+        theta = linear_threshold(at_4, kept, self.budget("value", size), self.live, finer=at_8)[:, None]
         return torch.where((at_8 > theta).any(0), 16, torch.where((at_4 > theta).any(0), 8, 4))
 
     def value_bound(self, bits: torch.Tensor) -> torch.Tensor:
@@ -268,7 +270,7 @@ class _Rows:
         replaced = _formula("skipped_value_bound")(v=self.value_norm, m=mean_norm)
         value_errors = weights @ torch.where(kept, self.value_bound(value_bits), replaced)
         d = self.score_bound(bits)
-        moved = _formula("weight_error_bound")(p=weights, d=d)
+        moved = _formula("weight_error_bound")(p=weights, g=_formula("growth")(d=d))
         least = _formula("weight_least")(p=weights, d=d).sum(-1)
         return _formula("certificate")(
             V=value_errors,
@@ -280,18 +282,19 @@ class _Rows:
 
 
 def linear_threshold(
-    cost: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, finer: torch.Tensor | None = None
+    cost: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, most: int, finer: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Largest of the limit, its half, its quarter and so on for which the rows that are left with ``cost <= theta [M]`` cost at
-    most ``allowed`` in all; zero when none of the :data:`.worst_case.LADDER` is small enough.
+    most ``allowed`` in all; ``allowed / most`` when none of the :data:`.worst_case.LADDER` is small enough.
 
     Args:
         cost: ``[M, T]``, not negative.
         rows: bool ``[T]``, the rows that count.
         allowed: ``[M]``.
+        most: at least the number of ``rows``.
         finer: ``[M, T]``: what a row costs after one refinement. Rows above the threshold then count with it, if it lies below.
     """
-    found = torch.zeros_like(allowed)
+    found = allowed / max(most, 1)
     after = torch.zeros_like(cost) if finer is None else finer
     for step in reversed(range(LADDER)):
         theta = (allowed * 2.0**-step)[:, None]

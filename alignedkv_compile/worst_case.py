@@ -8,7 +8,7 @@ chosen. Derivation in docs/formulas.md. Symbols, beside those of :mod:`.precisio
 * ``q_1``: 1-norm of the int8 query of the score pass, times the softmax scale; ``r_1``: 1-norm of what that query has lost by
   rounding, times the softmax scale;
 * ``D_K``: head dimension of K;
-* ``d``: bound on the error of one row's score;
+* ``d``: bound on the error of one row's score; ``g``: :data:`growth` of it;
 * ``m``: norm of the mean that stands in for a V row;
 * ``x``: distance of a row's score from the largest;
 * ``V``: bound on what V's errors add to the output; ``W``: sum of :data:`weight_error_bound` over the rows; ``W_v``: the same sum with
@@ -24,7 +24,7 @@ import sympy
 
 from .precision import D, R, alpha, b, p, s_K, s_V, u, v
 
-q_1, r_1, D_K, d, m, x, V, W, W_v, A = sympy.symbols("q_1 r_1 D_K d m x V W W_v A", positive=True)
+q_1, r_1, D_K, d, g, m, x, V, W, W_v, A = sympy.symbols("q_1 r_1 D_K d g m x V W W_v A", positive=True)
 
 UNIT = sympy.Rational(1, 2**24)
 """Unit roundoff of float32, in which planes are written and the query is mixed."""
@@ -55,13 +55,13 @@ skipped_value_bound = v * NORM_SLACK + m
 growth = d * (1 + d * sympy.exp(d) / 2)
 """At least ``e^d - 1``, by Taylor's theorem, and without its cancellation where ``d`` is small."""
 
-weight_error_bound = p * growth
+weight_error_bound = p * g
 """A row's weight, computed from a score that is off by at most ``d``, before the weights are normalised."""
 
 weight_least = p * sympy.exp(-d)
 """What that weight is at least: the addend of ``A``."""
 
-key_addend = p * growth * (v * NORM_SLACK + R)
+key_addend = p * g * (v * NORM_SLACK + R)
 """What leaving a K row at its bits adds to the certificate, but for ``A`` and ``V``: what the policy holds against a
 threshold."""
 
@@ -92,6 +92,7 @@ WORST_CASE: Mapping[str, sympy.Expr] = {
     "score_bound": score_bound,
     "value_bound": value_bound,
     "skipped_value_bound": skipped_value_bound,
+    "growth": growth,
     "weight_error_bound": weight_error_bound,
     "weight_least": weight_least,
     "weight_slack": weight_slack,
@@ -101,15 +102,14 @@ WORST_CASE: Mapping[str, sympy.Expr] = {
 }
 """Every named formula of the certified read."""
 
-SHARES: Mapping[str, float] = {"skip": 1 / 8, "key": 3 / 8, "value": 1 / 4}
-"""How the certified read divides its budget. The rest, a quarter, is kept for what the weights change while K is refined.
-Only the
-bytes depend on this division: the certificate is computed from what was read."""
+SHARES: Mapping[str, float] = {"skip": 1 / 8, "key": 3 / 8, "accepted_key": 1 / 2, "value": 1 / 4}
+"""How the certified read divides its budget. Rows of K are chosen so that the others keep to ``key``; weights change when they
+are read, and no more are read while all keep to ``accepted_key``. The rest is for what none of the thresholds see. Only the bytes
+depend on this division: the certificate is computed from what was read."""
 
-
-LADDER = 24
+LADDER = 14
 """Thresholds that are tried when rows are chosen, each half of the one before. The first is the limit on the sum of what the
-rows left cost; 2^23 rows at the last one are within it whatever they hold."""
+rows left cost. Where none is small enough it is the limit over the number of rows, which is within the limit whatever they hold."""
 
 REFINEMENTS = 3
 """How often rows of K may be chosen anew after the weights have changed."""

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -111,7 +112,7 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case
     errors, bursts = {}, {}
     for name, call in calls.items():
         errors[name] = float((call(prepared[0]).double() - exact).norm() / exact.norm())
-        bursts[name] = _burst(call, prepared, plan.burst_ms)
+        bursts[name] = burst_of(call, prepared, plan.burst_ms)
     for item in prepared:
         item.counters.zero_()
     rounds: dict[str, list[float]] = {name: [] for name in calls}
@@ -119,7 +120,7 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case
     for round_ in range(plan.rounds):
         for turn in range(len(names)):
             name = names[(round_ + turn) % len(names)]
-            rounds[name].append(_time(calls[name], prepared, bursts[name]))
+            rounds[name].append(time_calls(calls[name], prepared, bursts[name]))
     counted = torch.stack([item.counters[0] for item in prepared]).sum(0).tolist()
     totals = dict(zip(COUNTER_FIELDS, counted, strict=True))
     bytes_full = layers[0].bytes_full
@@ -145,7 +146,7 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case
     return Case(str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", variants)
 
 
-def _time(call: Call, prepared: Sequence[Prepared], count: int) -> float:
+def time_calls(call: Call, prepared: Sequence[Prepared], count: int) -> float:
     """Mean milliseconds of ``count`` calls, going round the layers."""
     start = time.perf_counter()
     for index in range(count):
@@ -153,10 +154,18 @@ def _time(call: Call, prepared: Sequence[Prepared], count: int) -> float:
     return 1000 * (time.perf_counter() - start) / count
 
 
-def _burst(call: Call, prepared: Sequence[Prepared], burst_ms: float) -> int:
+def burst_of(call: Call, prepared: Sequence[Prepared], burst_ms: float) -> int:
     """Calls per turn: as many as fit into ``burst_ms``, but each layer at most once per turn for slow variants."""
-    _time(call, prepared, 1)
-    return max(1, int(burst_ms / max(_time(call, prepared, min(3, len(prepared))), 1e-6)))
+    time_calls(call, prepared, 1)
+    return max(1, int(burst_ms / max(time_calls(call, prepared, min(3, len(prepared))), 1e-6)))
+
+
+@contextmanager
+def empty_inductor_cache() -> Iterator[None]:
+    """Inductor finds nothing that it compiled before: the operators' templates are not part of its own cache key."""
+    with tempfile.TemporaryDirectory(prefix="alignedkv-bench-", ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
 
 
 def copies_of(layer: Layer, footprint_mib: float) -> list[Layer]:
@@ -285,9 +294,7 @@ def main(
     )
     grid = [(s, int(c), d) for d in dtypes.split(",") for s in shapes.split(",") for c in contexts.split(",")]
     cases: list[Case]
-    # An empty Inductor cache: the operators' templates are not part of Inductor's own cache key.
-    with tempfile.TemporaryDirectory(prefix="alignedkv-bench-", ignore_cleanup_errors=True) as folder, torch.no_grad():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    with empty_inductor_cache(), torch.no_grad():
         if kv is not None:
             cases = [measure(captured(kv), make_calls(plan.tolerance, plan.accuracy), plan)]
         else:

@@ -151,10 +151,10 @@ def hadamard_float64(rows: torch.Tensor) -> torch.Tensor:
 def test_linear_threshold_is_the_largest_halving_of_the_limit_that_fits(costs: list[float], allowed: float) -> None:
     cost = torch.tensor([costs], dtype=torch.float64)
     rows = torch.ones(len(costs), dtype=torch.bool)
-    theta = float(linear_threshold(cost, rows, torch.tensor([allowed], dtype=torch.float64)))
+    theta = float(linear_threshold(cost, rows, torch.tensor([allowed], dtype=torch.float64), len(costs)))
     assert float(cost[cost <= theta].sum()) <= allowed
-    assert theta in (0.0, *(allowed * 2.0**-step for step in range(LADDER)))
-    if 0 < theta < allowed:
+    assert theta in (allowed / len(costs), *(allowed * 2.0**-step for step in range(LADDER)))
+    if theta < allowed and theta != allowed / len(costs):
         assert float(cost[cost <= 2 * theta].sum()) > allowed
 
 
