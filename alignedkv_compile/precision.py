@@ -173,7 +173,7 @@ def print_cpp_function(
 def print_cpp_vector_function(
     function: str, name: str, arguments: Sequence[str], expressions: Mapping[str, sympy.Expr] = EXPRESSIONS
 ) -> str:
-    """A named formula of sums, products and exponentials as a C++ function of vectors ``vf`` of floats, its symbols in order."""
+    """A named formula of sums, products and exponentials as a C++ function of ``vf``, vectors of floats, symbols in order."""
     text = sympy.ccode(expressions[name], type_aliases={real: float32}).replace("expf(", "vexp(")
     parameters = ", ".join(f"vf {argument}" for argument in arguments)
     return f"static inline vf {function}({parameters}) {{ return {text}; }}"

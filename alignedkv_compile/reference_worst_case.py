@@ -78,7 +78,7 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
 
 @dataclass(frozen=True)
 class _Keys:
-    """How K was read: bits of every row, int64 ``[T]``; rows whose middle plane was read, bool ``[T]``; whether that was enough."""
+    """How K was read: bits of every row, int64 ``[T]``; whose middle plane was read, bool ``[T]``; whether that was enough."""
 
     bits: torch.Tensor
     middle: torch.Tensor

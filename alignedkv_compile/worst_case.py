@@ -11,8 +11,8 @@ chosen. Derivation in docs/formulas.md. Symbols, beside those of :mod:`.precisio
 * ``d``: bound on the error of one row's score; ``g``: :data:`growth` of it;
 * ``m``: norm of the mean that stands in for a V row;
 * ``x``: distance of a row's score from the largest;
-* ``V``: bound on what V's errors add to the output; ``W``: sum of :data:`weight_error_bound` over the rows; ``W_v``: the same sum with
-  each row's weight times its norm ``v``; ``A``: sum of ``p e^-d``.
+* ``V``: bound on what V's errors add to the output; ``W``: sum of :data:`weight_error_bound` over the rows; ``W_v``: the same
+  sum with each row's weight times its norm ``v``; ``A``: sum of ``p e^-d``.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ output is ``o = o' + sum p (r - 1) (v - o') / sum p r``, because ``sum p (v - o'
 + ||o'||) / sum p e^-d``, and ``o'`` itself is within ``V`` of the output as computed."""
 
 weight_slack = 2 * UNIT * (4 + x)
-"""Added to ``d`` where weights are float32 (generated code): the exponential's relative error, below 4 units, and the rounding of
-its argument, both doubled."""
+"""Added to ``d`` where weights are float32 (generated code): the exponential's relative error, below 4 units, and the rounding
+of its argument, both doubled."""
 
 VALUE_TILE = 16
 """V rows whose weighted sum is a float32 in generated code; sums of such sums are doubles."""
@@ -104,12 +104,13 @@ WORST_CASE: Mapping[str, sympy.Expr] = {
 
 SHARES: Mapping[str, float] = {"skip": 1 / 8, "key": 3 / 8, "accepted_key": 1 / 2, "value": 1 / 4}
 """How the certified read divides its budget. Rows of K are chosen so that the others keep to ``key``; weights change when they
-are read, and no more are read while all keep to ``accepted_key``. The rest is for what none of the thresholds see. Only the bytes
-depend on this division: the certificate is computed from what was read."""
+are read, and no more are read while all keep to ``accepted_key``. The rest is for what none of the thresholds see. Only the
+bytes depend on this division: the certificate is computed from what was read."""
 
 LADDER = 14
 """Thresholds that are tried when rows are chosen, each half of the one before. The first is the limit on the sum of what the
-rows left cost. Where none is small enough it is the limit over the number of rows, which is within the limit whatever they hold."""
+rows left cost. Where none is small enough it is the limit over the number of rows, which keeps to the limit whatever they
+hold."""
 
 REFINEMENTS = 3
 """How often rows of K may be chosen anew after the weights have changed."""

@@ -39,8 +39,8 @@ class Constants:
 
 
 class ReadAttention(Template):
-    """The kernel for one set of head dimensions, group size, query rows, dtypes, mask kind and options; the certified read where
-    there is an input ``bounds``."""
+    """The kernel for one set of head dimensions, group size, query rows, dtypes, mask kind and options; with an input
+    ``bounds`` it is the certified read."""
 
     def __init__(self, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, constants: Constants) -> None:
         mutated = [name for name in ("bounds", "counters") if name in inputs]
@@ -256,19 +256,22 @@ def _lower(
 
 def _lowering(*extras: str) -> Callable[..., ir.TensorBox]:
     """The lowering of an overload whose schema ends with the tensors and the index named."""
-    call = _lower.__code__.co_argcount
+    lower: Callable[..., ir.TensorBox] = _lower
+    shared = _lower.__code__.co_argcount
 
-    def lower(*arguments: Any, **options: Any) -> ir.TensorBox:
-        return _lower(*arguments[:call], **dict(zip(extras, arguments[call:], strict=False)), **options)
+    def lower_overload(*arguments: Any) -> ir.TensorBox:
+        return lower(*arguments[:shared], **dict(zip(extras, arguments[shared:], strict=True)))
 
-    return lower
+    return lower_overload
 
 
 def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, constants: Constants) -> ir.TensorBox:
     from .triton.attention import Read, Settings  # triton need not be installed for CPUs
 
     if "bounds" in inputs:
-        raise NotImplementedError("certified_read_attention has generated C++ only; call it outside torch.compile on this device")
+        raise NotImplementedError(
+            "certified_read_attention has generated C++ only; call it outside torch.compile on this device"
+        )
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
     settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)

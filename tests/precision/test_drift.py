@@ -8,15 +8,14 @@ import os
 import random
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sympy
 import torch
 
-from alignedkv_compile import formula_page, precision, reference_worst_case
-from alignedkv_compile.lowering.attention import Constants, _formulas
+from alignedkv_compile import formula_page, precision, reference_worst_case, worst_case
+from alignedkv_compile.lowering.attention import Constants, _certified_formulas, _formulas
 from alignedkv_compile.precision import EXPRESSIONS, evaluate
 from alignedkv_compile.reference import _weight_error
 from alignedkv_compile.worst_case import WORST_CASE
@@ -79,31 +78,45 @@ def test_reference_weight_error_is_the_expression() -> None:
     torch.testing.assert_close(_weight_error(sigma), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
+CONSTANTS = Constants(64, 96, 1, 1, 0.125, 2.0, 2**-8, 0, None, 0)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
-def kernel_formulas(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
-    """The formulas exactly as the kernel template gets them, compiled by themselves with the kernels' arithmetic flags."""
-    constants = Constants(64, 96, 1, 1, 0.125, 2.0, 2**-8, 0, None, 0)  # type: ignore[arg-type]
-    text = _formulas(constants)
+def kernel_formulas(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The formulas of the read policy exactly as the kernel template gets them."""
+    return compile_formulas(_formulas(CONSTANTS), tmp_path_factory.mktemp("formulas"))
+
+
+@pytest.fixture(scope="module")
+def certified_formulas(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same of the certified read."""
+    return compile_formulas(_certified_formulas(CONSTANTS), tmp_path_factory.mktemp("certified"))
+
+
+def compile_formulas(text: str, folder: Path) -> ctypes.CDLL:
+    """The functions by themselves, compiled with the kernels' arithmetic flags and with an exact exponential."""
     functions = re.findall(r"static inline (float|vf) (\w+)\(([^)]*)\)", text)
     wrappers = []
     for kind, name, parameters in functions:
         arguments = [part.split()[-1] for part in parameters.split(",")]
         if kind == "vf":
-            wrappers.append(f'extern "C" float call_{name}(double x) {{ return {name}((float)x - vf{{}})[3]; }}')
+            declared = ", ".join(f"double {argument}" for argument in arguments)
+            vectors = ", ".join(f"(float){argument} - vf{{}}" for argument in arguments)
+            wrappers.append(f'extern "C" float call_{name}({declared}) {{ return {name}({vectors})[3]; }}')
         else:
             declared = ", ".join(f"double {argument}" for argument in arguments)
             wrappers.append(f'extern "C" float call_{name}({declared}) {{ return {name}({", ".join(arguments)}); }}')
     values = re.findall(r"([A-Z][A-Z_0-9]*) = [-+0-9.e]+f?", text)
     wrappers += [f'extern "C" double value_{name}() {{ return {name}; }}' for name in values]
-    folder = tmp_path_factory.mktemp("formulas")
     source = folder / "formulas.cpp"
     head = "#include <algorithm>\n#include <cmath>\n#include <cstdint>\ntypedef float vf __attribute__((vector_size(32)));\n"
+    head += "static inline vf vexp(vf x) { for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]); return x; }\n"
     source.write_text(head + "using std::sqrt; using std::pow;\n" + text + "\n" + "\n".join(wrappers))
     library = folder / "formulas.so"
     compiler = os.environ.get("CXX", "g++")
     flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-psabi"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True, capture_output=True)
-    return ctypes.CDLL(str(library))  # type: ignore[return-value]
+    return ctypes.CDLL(str(library))
 
 
 CPP_NAMES = {
@@ -117,23 +130,75 @@ CPP_NAMES = {
 """C++ name of every formula and its arguments in order; a number is a constant that was printed in."""
 
 
+CERTIFIED_CPP_NAMES = {
+    "score_bound_4": ("score_bound", {"q_1": None, "r_1": None, "s_K": None, "b": 4.0, "D_K": 64.0}),
+    "score_bound_8": ("score_bound", {"q_1": None, "r_1": None, "s_K": None, "b": 8.0, "D_K": 64.0}),
+    "worst_case_budget": ("worst_case_budget", {"R": None, "alpha": None, "u": None}),
+    "certificate": ("certificate", {"A": None, "R": None, "V": None, "W": None, "W_v": None}),
+    "skipped_value_bound": ("skipped_value_bound", {"m": None, "v": None}),
+    "growth": ("growth", {"d": None}),
+    "key_addend": ("key_addend", {"R": None, "g": None, "p": None, "v": None}),
+    "weight_error_bound": ("weight_error_bound", {"g": None, "p": None}),
+    "weight_least": ("weight_least", {"d": None, "p": None}),
+    "weight_slack": ("weight_slack", {"x": None}),
+}
+"""Formula of every C++ function of the certified read, and its arguments likewise."""
+
+
 @pytest.mark.parametrize("name", list(CPP_NAMES))
 def test_generated_cpp_computes_the_expression(kernel_formulas: ctypes.CDLL, name: str) -> None:
     function, arguments = CPP_NAMES[name]
-    call = getattr(kernel_formulas, f"call_{function}")
+    check_function(kernel_formulas, function, EXPRESSIONS[name], arguments)
+
+
+@pytest.mark.parametrize("function", list(CERTIFIED_CPP_NAMES))
+def test_generated_cpp_computes_the_certificate(certified_formulas: ctypes.CDLL, function: str) -> None:
+    name, arguments = CERTIFIED_CPP_NAMES[function]
+    check_function(certified_formulas, function, WORST_CASE[name], arguments)
+
+
+def test_every_formula_of_the_certificate_is_printed() -> None:
+    constants = {"value_bound"}  # printed as VALUE_BOUND_4 and VALUE_BOUND_8
+    assert {name for name, _ in CERTIFIED_CPP_NAMES.values()} | constants == set(WORST_CASE)
+
+
+def check_function(library: ctypes.CDLL, function: str, expression: sympy.Expr, arguments: dict[str, float | None]) -> None:
+    call = getattr(library, f"call_{function}")
     call.restype, call.argtypes = ctypes.c_float, [ctypes.c_double] * sum(x is None for x in arguments.values())
-    for values in points(EXPRESSIONS[name], name):
+    for values in points(expression, function):
         values |= {key: fixed for key, fixed in arguments.items() if fixed is not None}
         found = call(*(values[key] for key, fixed in arguments.items() if fixed is None))
-        # the result is a float; the vector function's arithmetic is in floats, too
-        assert found == pytest.approx(sympy_value(EXPRESSIONS[name], values), rel=2.0**-21), values
+        # the result is a float; the vector functions' arithmetic is in floats, too
+        assert found == pytest.approx(sympy_value(expression, values), rel=2.0**-21), values
+
+
+def constant(library: ctypes.CDLL, name: str) -> float:
+    function = getattr(library, f"value_{name}")
+    function.restype = ctypes.c_double
+    return float(function())
+
+
+def test_generated_cpp_holds_the_constants_of_the_certificate(certified_formulas: ctypes.CDLL) -> None:
+    expected = {
+        "VALUE_BOUND_4": sympy_value(WORST_CASE["value_bound"], {"s_V": 1.0, "D": 96.0, "b": 4.0}),
+        "VALUE_BOUND_8": sympy_value(WORST_CASE["value_bound"], {"s_V": 1.0, "D": 96.0, "b": 8.0}),
+        "QUERY_SLACK": worst_case.query_slack(64),
+        "SUM_SLACK": float(worst_case.SUM_SLACK),
+        "FLOAT_SLACK": float(worst_case.FLOAT_SLACK),
+        "SMALLEST_SCALE": worst_case.SMALLEST_SCALE,
+        "LARGEST_SCORE_BOUND": worst_case.LARGEST_SCORE_BOUND,
+        "KEY_SHARE": worst_case.SHARES["key"],
+        "ACCEPTED_KEY_SHARE": worst_case.SHARES["accepted_key"],
+        "ALPHA": 2.0,
+        "ROUNDOFF": 2.0**-8,
+    }
+    for name, value in expected.items():
+        assert constant(certified_formulas, name) == pytest.approx(value, rel=2.0**-23), name
 
 
 def test_generated_cpp_holds_the_coefficients_and_constants(kernel_formulas: ctypes.CDLL) -> None:
     def value(name: str) -> float:
-        function = getattr(kernel_formulas, f"value_{name}")
-        function.restype = ctypes.c_double
-        return float(function())
+        return constant(kernel_formulas, name)
 
     for bits in (4, 8):
         call = getattr(kernel_formulas, f"call_key_coefficient_{bits}")
