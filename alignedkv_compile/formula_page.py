@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sympy
 
-from .precision import EXPRESSIONS, KAPPA, NORM_RANGE, QUERY_NOISE, STREAM_FRACTION
+from .precision import EXPRESSIONS, KAPPA, NORM_RANGE, QUERY_NOISE, STREAM_FRACTION, TERM_RATIO
 from .worst_case import CODE_SLACK, NORM_SLACK, SHARES, WORST_CASE, mixing_slack
 
 PAPER = "AlignedKV, arXiv 2409.16546"
@@ -26,6 +26,7 @@ SYMBOLS: Mapping[str, tuple[str, str]] = {
     "s_K": ("stored scale of a mixed K row: 16/15 of its largest element", "key"),
     "s_V": ("stored scale of a V row: 16/15 of its largest element, rounded up to bfloat16", "value"),
     "q": ("norm of the query row times the softmax scale", "1/key"),
+    "c_q": ("variance of an 8-bit score over that of its key's own error, see the constants", "1"),
     "D": ("head dimension of V", "elements"),
     "b": ("bits read of a row: 4 or 8", "bits"),
     "x": ("variance of a score; in the certificate the distance of a score from the largest", "1"),
@@ -135,7 +136,9 @@ def render() -> str:
             lines.append(f"| ${sympy.latex(sympy.Symbol(name))}$ | {text} | {unit} |")
     constants = (
         ("kappa", "rms rounding error over u times the magnitude, mantissa log-uniform in [1, 2)", KAPPA),
-        ("query noise", "variance of an 8-bit score over that of the key's error: the query is one int8 term", QUERY_NOISE),
+        ("$c_{q}$, one term", "the query of the score pass is one int8 term: u at least 2⁻⁸", QUERY_NOISE[1]),
+        ("$c_{q}$, two terms", "it is two int8 terms: u below 2⁻⁸", QUERY_NOISE[2]),
+        ("term ratio", "step of the first term over that of the second", TERM_RATIO),
         ("stream fraction", "above this share of the cache's bytes, the cache is streamed", STREAM_FRACTION),
         ("norm range", "rms norm of V outside of which the cache is streamed", NORM_RANGE),
     )

@@ -12,7 +12,8 @@ Symbols (all positive):
 * ``R``: norm of the attention output (estimated while reading);
 * ``p``: softmax weight of a row; ``s_K``, ``s_V``: stored scales of its K and V row (``absmax * 16/15``);
 * ``v``: norm of its V row; ``n``: rms of ``v`` over the live rows; ``N``: number of live rows;
-* ``q``: norm of the query row times the softmax scale; ``D``: head dimension of V; ``b``: bits read, 4 or 8.
+* ``q``: norm of the query row times the softmax scale; ``D``: head dimension of V; ``b``: bits read, 4 or 8;
+* ``c_q``: variance of a score read at 8 bits over that of its key's own error, see :data:`QUERY_NOISE`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import sympy
 from sympy.codegen.ast import float32, real
 from sympy.printing.str import StrPrinter
 
-alpha, u, R, N, n, D, q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q s_K s_V p v b", positive=True)
+alpha, u, R, N, n, D, q, c_q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q c_q s_K s_V p v b", positive=True)
 B, E, left = sympy.symbols("B E left", positive=True)
 P_v, P_sK, P_sKv, P_sV = sympy.symbols("P_v P_sK P_sKv P_sV", positive=True)
 rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = sympy.symbols(
@@ -36,9 +37,17 @@ rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = symp
 KAPPA = sympy.sqrt(1 / (8 * sympy.log(2)))
 """rms of a rounding error over ``u`` times the number's magnitude, for a mantissa that is log-uniform in [1, 2)."""
 
-QUERY_NOISE = 2
-"""Variance factor of a score read at 8 bits: the query of the score pass is one int8 term, whose rounding error has about
-the variance of the 8-bit key's. At 4 bits the key's own error is 256 times as large and the factor is left out."""
+TERM_RATIO = 254
+"""Step of the query's first int8 term over that of its second: half a step of the first is 127 steps of the second."""
+
+QUERY_NOISE: Mapping[int, int] = {1: 2, 2: 1}
+"""``c_q`` by the number of int8 terms that stand for the query in the score pass.
+
+The rounding error of one term has about the variance of the 8-bit key's error. At 4 bits the key's own error is 256 times
+as large, and the factor is left out. Two terms round 254 times as finely. What remains is that the middle plane is
+multiplied by the first term only, which leaves out its rounding error times a part of K of at most ``s_K / 16``: an element
+of variance ``step^2 / 12`` times one of ``s_K^2 / 768``. That is ``(largest / rms element of the mixed query)^2 / 756`` of
+the key's own variance, about 1/100, and is left out too."""
 
 STREAM_FRACTION = sympy.Rational(9, 10)
 """When the predicted bytes exceed this fraction of the cache's own, the cache is streamed in full instead."""
@@ -69,7 +78,7 @@ weight_error_factor = sympy.horner(
 ``p^2 (e^(2 x) - 2 e^(x / 2) + 1) = p^2 x * factor`` with ``x = sigma^2``: this is the factor's series. It is near 1 for most
 rows, and keeps rows whose 4-bit scores say little from being trusted."""
 
-key_error_squared = p**2 * score_noise**2 * sympy.Piecewise((QUERY_NOISE, sympy.Eq(b, 8)), (1, True)) * (v**2 + R**2)
+key_error_squared = p**2 * score_noise**2 * sympy.Piecewise((c_q, sympy.Eq(b, 8)), (1, True)) * (v**2 + R**2)
 """``eK^2`` to first order: squared error that one K row read at ``b`` bits adds to the output. A score error moves the output
 by ``p * ||v_j - o||``, whose square is ``v^2 + R^2`` for a V row uncorrelated with the output. At 4 bits it is multiplied by
 ``weight_error_factor``; at 8 bits that factor is 1 within a percent."""
@@ -114,6 +123,16 @@ EXPRESSIONS: Mapping[str, sympy.Expr] = {
     "predicted_bytes": predicted_bytes,
 }
 """Every named formula that the kernels evaluate."""
+
+
+def query_terms(unit_roundoff: float) -> int:
+    """How many int8 terms stand for the query in the score pass, for the dtype that the tolerance is measured in.
+
+    One where its roundoff is bfloat16's, 2^-8, or more. In float16 and float32 most rows of K end at 8 bits or more, where
+    one term would double the error's variance and send many rows to full reads, which cost far more than a second product
+    with a plane that is loaded anyway.
+    """
+    return 1 if unit_roundoff >= 2**-8 else 2
 
 
 @functools.cache

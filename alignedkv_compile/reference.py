@@ -35,9 +35,8 @@ from .layout import (
     padded_head_dim,
     score_ordered,
 )
-from .precision import EXPRESSIONS, NORM_RANGE, STREAM_FRACTION, evaluate
+from .precision import EXPRESSIONS, NORM_RANGE, QUERY_NOISE, STREAM_FRACTION, evaluate, query_terms
 from .reference_head import (
-    INT8_MAX,
     HeadCall,
     ReadCounts,
     block_means,
@@ -51,6 +50,7 @@ from .reference_head import (
     read_full,
     skipped_output,
 )
+from .reference_query import Int8Query
 from .reference_worst_case import read_certified
 
 
@@ -244,13 +244,12 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     special_keys = live & ~torch.isfinite(key_scale)
     special_values = live & ~torch.isfinite(value_scale)
 
-    # 1. scores from the 4-bit plane, with the query as one int8 term
+    # 1. scores from the 4-bit plane, with the query as one or two int8 terms
     mixed = hadamard(call.query)
-    query_step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
-    query_int8 = torch.where(query_step > 0, torch.round(mixed / query_step), 0.0)
+    terms = query_terms(call.unit_roundoff)
+    query = Int8Query.rounded(mixed, terms)
     high = key_nibbles(views, head)[:length, :key_dim].float()
-    dots = query_int8 @ high.T + query_int8.sum(-1, keepdim=True) * (-7.5 - offset)
-    scores = dots * (query_step * call.scale * COARSE_STEP / CODE_RANGE) * key_scale
+    scores = query.coarse_scores(high, offset, key_scale, call.scale)
     if bool(special_keys.any()):
         scores[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
     scores = masked_scores(call, scores)
@@ -266,7 +265,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     finite_value = torch.where(torch.isfinite(value_scale) & live, value_scale, 0.0)
     skippable, means = block_means(call, views, head)
     kept = ~skippable & live
-    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms_value, "D": value_dim}
+    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms_value, "D": value_dim, "c_q": QUERY_NOISE[terms]}
     skip_errors = weights * value_norm.clamp_min(rms_value)
     for row in range(weights.shape[0]):
         allowed = evaluate("budget", R=float(output_norm[row]), **common)
@@ -283,8 +282,8 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     key_4, key_8, addend_sums, budgets, thresholds = [], [], [], [], []
     value_4, value_8 = (evaluate("value_coefficient", b=bits, **common) for bits in (4, 8))
     for row in range(weights.shape[0]):
-        key_4.append(evaluate("key_coefficient", b=4, q=float(norm[row])))
-        key_8.append(evaluate("key_coefficient", b=8, q=float(norm[row])))
+        key_4.append(evaluate("key_coefficient", b=4, q=float(norm[row]), **common))
+        key_8.append(evaluate("key_coefficient", b=8, q=float(norm[row]), **common))
         addends = evaluate(
             "addend_sum",
             q=float(norm[row]),
@@ -329,9 +328,8 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
         return None
 
     # 3. K rows above the threshold: the middle plane, then the row itself
-    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float() - 7.5
-    correction = (query_int8 * query_step) @ middle.T * (call.scale * MIDDLE_STEP / CODE_RANGE) * key_scale
-    scores = torch.where(refined, scores + correction, scores)
+    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
+    scores = torch.where(refined, scores + query.middle_scores(middle, key_scale, call.scale), scores)
     weights = masked_softmax(scores)
     for row in range(weights.shape[0]):
         errors = key_errors[row]

@@ -121,10 +121,17 @@ def mask_minimum(mask: ir.IRNode | None) -> float:
 def _read_planes(constants: Constants, shared: Mapping[str, object], *, certified: bool) -> str:
     """The read of one head's planes."""
     if not certified:
-        return render("aligned_read.h.jinja", formulas=_formulas(constants), **shared)
+        return render(
+            "aligned_read.h.jinja",
+            formulas=_formulas(constants),
+            query_terms=precision.query_terms(constants.unit_roundoff),
+            term_ratio=precision.TERM_RATIO,
+            **shared,
+        )
     return render(
         "certified_read.h.jinja",
         formulas=_certified_formulas(constants),
+        query_terms=1,
         refinements=worst_case.REFINEMENTS,
         ladder=worst_case.LADDER,
         value_tile=worst_case.VALUE_TILE,
@@ -183,17 +190,18 @@ def _certified_formulas(constants: Constants) -> str:
 def _formulas(constants: Constants) -> str:
     """The error model as C++ functions and constants."""
     value_coefficient = {bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)}
+    noise = precision.QUERY_NOISE[precision.query_terms(constants.unit_roundoff)]
     functions = [
         precision.print_cpp_function("error_budget", "budget", ("alpha", "R", "u")),
         precision.print_cpp_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
         precision.print_cpp_function(
-            "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim}
+            "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim, "c_q": noise}
         ),
         precision.print_cpp_function("threshold", "threshold", ("B", "E", "N")),
         precision.print_cpp_function("remaining_budget", "remaining_budget", ("B", "left")),
         precision.print_cpp_vector_function("weight_error_factor", "weight_error_factor", ("x",)),
-        precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4}),
-        precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8}),
+        precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4, "c_q": noise}),
+        precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8, "c_q": noise}),
         precision.print_cpp_function(
             "predicted_bytes",
             "predicted_bytes",

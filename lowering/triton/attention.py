@@ -76,6 +76,8 @@ class Read:
         kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
         self.masked = kind > 0
         element = key.get_dtype()
+        terms = precision.query_terms(settings.unit_roundoff)
+        query_size = 2 * self.padded * int(str(head_constants(self.arena)["KHP"]))
         step = {bits: precision.evaluate("value_coefficient", b=bits, D=self.arena.value_dim) for bits in (4, 8)}
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
@@ -112,7 +114,11 @@ class Read:
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
-            "HEAD_SIZE": 2 * self.padded * head_constants(self.arena)["KHP"] + 4 * self.padded,  # type: ignore[operator]
+            "TERMS": terms,
+            "TERM_RATIO": float(precision.TERM_RATIO),
+            "QUERY_NOISE": precision.QUERY_NOISE[terms],
+            "SECOND_TERM": query_size + 4 * self.padded,
+            "HEAD_SIZE": terms * query_size + (3 + terms) * self.padded,
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
         self.sizes += [*key.get_stride()[:3], *value.get_stride()[:3]]

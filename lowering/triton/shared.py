@@ -63,11 +63,11 @@ def _formulas() -> str:
         [
             print_function("error_budget", "budget", ("R",), ("alpha", "u")),
             print_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
-            print_function("addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), ("D",)),
+            print_function("addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), ("D", "c_q")),
             print_function("threshold", "threshold", ("B", "E", "N")),
             print_function("remaining_budget", "remaining_budget", ("B", "left")),
-            print_function("key_coefficient_4", "key_coefficient", ("q",), values={"b": 4}),
-            print_function("key_coefficient_8", "key_coefficient", ("q",), values={"b": 8}),
+            print_function("key_coefficient_4", "key_coefficient", ("q",), ("c_q",), values={"b": 4}),
+            print_function("key_coefficient_8", "key_coefficient", ("q",), ("c_q",), values={"b": 8}),
             print_function(
                 "predicted_bytes",
                 "predicted_bytes",

@@ -122,7 +122,7 @@ def compile_formulas(text: str, folder: Path) -> ctypes.CDLL:
 CPP_NAMES = {
     "budget": ("error_budget", {"alpha": None, "R": None, "u": None}),
     "skip_threshold": ("skip_threshold", {"B": None, "N": None, "P_v": None, "n": None}),
-    "addend_sum": ("addend_sum", {"P_sK": None, "P_sKv": None, "P_sV": None, "R": None, "q": None, "D": 96.0}),
+    "addend_sum": ("addend_sum", {"P_sK": None, "P_sKv": None, "P_sV": None, "R": None, "q": None, "D": 96.0, "c_q": 2.0}),
     "threshold": ("threshold", {"B": None, "E": None, "N": None}),
     "remaining_budget": ("remaining_budget", {"B": None, "left": None}),
     "weight_error_factor": ("weight_error_factor", {"x": None}),
@@ -204,7 +204,7 @@ def test_generated_cpp_holds_the_coefficients_and_constants(kernel_formulas: cty
         call = getattr(kernel_formulas, f"call_key_coefficient_{bits}")
         call.restype, call.argtypes = ctypes.c_float, [ctypes.c_double]
         for q in (0.01, 1.7, 230.0):
-            expected = sympy_value(EXPRESSIONS["key_coefficient"], {"q": q, "b": float(bits)})
+            expected = sympy_value(EXPRESSIONS["key_coefficient"], {"q": q, "b": float(bits), "c_q": 2.0})
             assert call(q) == pytest.approx(expected, rel=2.0**-23)
         expected = sympy_value(EXPRESSIONS["value_coefficient"], {"D": 96.0, "b": float(bits)})
         assert value(f"VALUE_COEFFICIENT_{bits}") == pytest.approx(expected, rel=2.0**-23)

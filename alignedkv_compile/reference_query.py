@@ -1,0 +1,43 @@
+"""The query of the aligned read's score pass in the reference: int8 terms, and their products with the planes of K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .layout import COARSE_STEP, CODE_RANGE, MIDDLE_STEP
+from .precision import TERM_RATIO
+from .reference_head import INT8_MAX
+
+
+@dataclass(frozen=True)
+class Int8Query:
+    """Hadamard-mixed query rows ``[M, Dk]`` as ``step * (terms[0] + terms[1] / TERM_RATIO)``.
+
+    ``step`` is float32 ``[M, 1]``; ``terms`` are one or two tensors ``[M, Dk]`` of whole numbers in [-127, 127], in float32.
+    """
+
+    step: torch.Tensor
+    terms: list[torch.Tensor]
+
+    @classmethod
+    def rounded(cls, mixed: torch.Tensor, count: int) -> Int8Query:
+        """``mixed`` rounded to ``count`` terms; each but the first is what the one before has lost."""
+        step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
+        left, terms = torch.where(step > 0, mixed / step, 0.0), []
+        for _ in range(count):
+            terms.append(torch.round(left))
+            left = (left - terms[-1]) * TERM_RATIO
+        return cls(step, terms)
+
+    def coarse_scores(self, high: torch.Tensor, offset: torch.Tensor, key_scale: torch.Tensor, scale: float) -> torch.Tensor:
+        """Scores ``[M, T]`` from the nibbles ``[T, Dk]`` of the 4-bit plane, less the rows' dither ``offset``, by every term."""
+        dots = torch.zeros((), device=high.device)
+        for place, term in enumerate(self.terms):
+            dots = dots + (term @ high.T + term.sum(-1, keepdim=True) * (-7.5 - offset)) / TERM_RATIO**place
+        return dots * (self.step * scale * COARSE_STEP / CODE_RANGE) * key_scale
+
+    def middle_scores(self, middle: torch.Tensor, key_scale: torch.Tensor, scale: float) -> torch.Tensor:
+        """What the nibbles of the middle plane add to them, by the first term only."""
+        return (self.terms[0] * self.step) @ (middle - 7.5).T * (scale * MIDDLE_STEP / CODE_RANGE) * key_scale
