@@ -17,9 +17,8 @@ import torch
 
 from .arena import ArenaViews, unpack_row_order, unpack_value_scale
 from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCORE_GROUP, padded_head_dim
-from .precision import NORM_RANGE, STREAM_FRACTION
+from .precision import NORM_RANGE, STREAM_FRACTION, TERM_RATIO
 from .reference_head import (
-    INT8_MAX,
     HeadCall,
     ReadCounts,
     block_means,
@@ -30,7 +29,18 @@ from .reference_head import (
     masked_softmax,
     skipped_output,
 )
-from .worst_case import FINEST_BUDGET, LADDER, LARGEST_SCORE_BOUND, REFINEMENTS, SHARES, SMALLEST_SCALE, WORST_CASE, query_slack
+from .reference_query import Int8Query
+from .worst_case import (
+    FINEST_BUDGET,
+    LADDER,
+    LARGEST_SCORE_BOUND,
+    QUERY_TERMS,
+    REFINEMENTS,
+    SHARES,
+    SMALLEST_SCALE,
+    WORST_CASE,
+    query_slack,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,9 @@ class _Rows:
     live_rows: torch.Tensor
     query_norm1: torch.Tensor
     query_lost1: torch.Tensor
+    query_second1: torch.Tensor
     query: torch.Tensor
+    first_term: torch.Tensor
     key_scale: torch.Tensor
     value_scale: torch.Tensor
     value_norm: torch.Tensor
@@ -118,8 +130,9 @@ class _Rows:
         if not NORM_RANGE[0] <= rms <= NORM_RANGE[1]:
             return None
         mixed = hadamard(call.query)
-        step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
-        coded = torch.where(step > 0, torch.round(mixed / step), 0.0).double() * step.double()
+        query = Int8Query.rounded(mixed, QUERY_TERMS)
+        first, second = (term.double() * query.step.double() / TERM_RATIO**place for place, term in enumerate(query.terms))
+        coded = first + second
         lost = (mixed.double() - coded).abs().sum(-1) + query_slack(key_dim) * mixed.double().norm(dim=-1)
         high = (
             key_nibbles(views, head)[:length, :key_dim].double()
@@ -134,7 +147,9 @@ class _Rows:
             live_rows=live,
             query_norm1=coded.abs().sum(-1) * abs(call.scale),
             query_lost1=lost * abs(call.scale),
+            query_second1=second.abs().sum(-1) * abs(call.scale),
             query=coded,
+            first_term=first,
             key_scale=key_scale,
             value_scale=value_scale,
             value_norm=value_norm,
@@ -156,7 +171,8 @@ class _Rows:
 
     def score_bound(self, bits: torch.Tensor | int) -> torch.Tensor:
         """``d [M, T]`` of rows read at 4, 8 or 16 bits; all 16 bits leave nothing to bound."""
-        arguments = {"s_K": self.key_scale, "q_1": self.query_norm1[:, None], "r_1": self.query_lost1[:, None]}
+        sums = {"q_1": self.query_norm1, "r_1": self.query_lost1, "l_1": self.query_second1}
+        arguments = {"s_K": self.key_scale, **{name: norms[:, None] for name, norms in sums.items()}}
         dimension = float(self.call.key.shape[-1])
         at_4, at_8 = (
             _formula("score_bound")(b=b, D_K=dimension, **arguments).clamp_max(LARGEST_SCORE_BOUND) for b in (4.0, 8.0)
@@ -227,8 +243,9 @@ class _Rows:
         high = key_nibbles(self.views, self.head)[:length, :key_dim].double() - 7.5
         high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
         middle = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - 7.5
-        both = (high * COARSE_STEP + middle * MIDDLE_STEP) * (self.key_scale[:, None] / CODE_RANGE)
-        at_8 = masked_scores(call, self.query @ both.T * call.scale)
+        unit = self.key_scale[:, None] / CODE_RANGE
+        dots = self.query @ (high * (COARSE_STEP * unit)).T + self.first_term @ (middle * (MIDDLE_STEP * unit)).T
+        at_8 = masked_scores(call, dots * call.scale)
         whole = torch.where((bits == 16)[:, None], call.key.double(), 0.0)
         at_16 = masked_scores(call, call.query.double() @ whole.T * call.scale)
         self.scores = torch.where(bits == 16, at_16, torch.where(bits == 8, at_8, self.scores))

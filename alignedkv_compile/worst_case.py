@@ -5,8 +5,8 @@ possible value and all are added up linearly, so that the sum bounds the actual 
 chosen. Derivation in docs/formulas.md. Symbols, beside those of :mod:`.precision` (``b``, ``p``, ``s_K``, ``s_V``, ``D``,
 ``R``, ``v``, ``alpha``, ``u``):
 
-* ``q_1``: 1-norm of the int8 query of the score pass, times the softmax scale; ``r_1``: 1-norm of what that query has lost by
-  rounding, times the softmax scale;
+* ``q_1``: 1-norm of the query of the score pass, the sum of its int8 terms, times the softmax scale; ``l_1``: the same of its
+  second term alone; ``r_1``: the same of what the query has lost by rounding to both;
 * ``D_K``: head dimension of K;
 * ``d``: bound on the error of one row's score; ``g``: :data:`growth` of it;
 * ``m``: norm of the mean that stands in for a V row;
@@ -24,7 +24,7 @@ import sympy
 
 from .precision import D, R, alpha, b, p, s_K, s_V, u, v
 
-q_1, r_1, D_K, d, g, m, x, V, W, W_v, A = sympy.symbols("q_1 r_1 D_K d g m x V W W_v A", positive=True)
+q_1, l_1, r_1, D_K, d, g, m, x, V, W, W_v, A = sympy.symbols("q_1 l_1 r_1 D_K d g m x V W W_v A", positive=True)
 
 UNIT = sympy.Rational(1, 2**24)
 """Unit roundoff of float32, in which planes are written and the query is mixed."""
@@ -42,9 +42,17 @@ round every element by at most ``UNIT`` times the row's norm, which is at most `
 key_slack = CODE_SLACK + mixing_slack
 """Everything that float32 adds to the error of a K row, in units of its scale."""
 
-score_bound = s_K * (q_1 * (2**-b + key_slack) + r_1 * (sympy.Rational(15, 16) + key_slack))
+MIDDLE_REACH = sympy.Rational(15, 256)
+"""Largest value of a middle nibble, 7.5 steps, in units of the row's scale."""
+
+score_bound = s_K * (
+    q_1 * (2**-b + key_slack)
+    + r_1 * (sympy.Rational(15, 16) + key_slack)
+    + sympy.Piecewise((l_1 * MIDDLE_REACH, sympy.Eq(b, 8)), (0, True))
+)
 """``d``: the int8 query times the key's error, at most half a step in every element, and the query's error times the key, whose
-elements are at most 15/16 of the scale."""
+elements are at most 15/16 of the scale. At 8 bits also what the middle plane leaves out: it is multiplied by the first term
+only."""
 
 value_bound = s_V * sympy.sqrt(D) * (2**-b + CODE_SLACK)
 """Norm of the error of a V row read at ``b`` bits: half a step in every element."""
@@ -112,6 +120,9 @@ LADDER = 14
 """Thresholds that are tried when rows are chosen, each half of the one before. The first is the limit on the sum of what the
 rows left cost. Where none is small enough it is the limit over the number of rows, which keeps to the limit whatever they
 hold."""
+
+QUERY_TERMS = 2
+"""int8 terms of the query, in every dtype: with one, ``r_1`` alone would exceed what 8 bits of K leave."""
 
 REFINEMENTS = 3
 """How often rows of K may be chosen anew after the weights have changed."""

@@ -131,7 +131,8 @@ def _read_planes(constants: Constants, shared: Mapping[str, object], *, certifie
     return render(
         "certified_read.h.jinja",
         formulas=_certified_formulas(constants),
-        query_terms=1,
+        query_terms=worst_case.QUERY_TERMS,
+        term_ratio=precision.TERM_RATIO,
         refinements=worst_case.REFINEMENTS,
         ladder=worst_case.LADDER,
         value_tile=worst_case.VALUE_TILE,
@@ -171,8 +172,8 @@ def _certified_formulas(constants: Constants) -> str:
     }
     return "\n".join(
         [
-            scalar("score_bound_4", "score_bound", "q_1", "r_1", "s_K", b=4, D_K=constants.key_dim),
-            scalar("score_bound_8", "score_bound", "q_1", "r_1", "s_K", b=8, D_K=constants.key_dim),
+            scalar("score_bound_4", "score_bound", "l_1", "q_1", "r_1", "s_K", b=4, D_K=constants.key_dim),
+            scalar("score_bound_8", "score_bound", "l_1", "q_1", "r_1", "s_K", b=8, D_K=constants.key_dim),
             scalar("worst_case_budget", "worst_case_budget", "R", "alpha", "u"),
             scalar("certificate", "certificate", "A", "R", "V", "W", "W_v"),
             vector("skipped_value_bound", "m", "v"),

@@ -131,8 +131,8 @@ CPP_NAMES = {
 
 
 CERTIFIED_CPP_NAMES = {
-    "score_bound_4": ("score_bound", {"q_1": None, "r_1": None, "s_K": None, "b": 4.0, "D_K": 64.0}),
-    "score_bound_8": ("score_bound", {"q_1": None, "r_1": None, "s_K": None, "b": 8.0, "D_K": 64.0}),
+    "score_bound_4": ("score_bound", {"l_1": None, "q_1": None, "r_1": None, "s_K": None, "b": 4.0, "D_K": 64.0}),
+    "score_bound_8": ("score_bound", {"l_1": None, "q_1": None, "r_1": None, "s_K": None, "b": 8.0, "D_K": 64.0}),
     "worst_case_budget": ("worst_case_budget", {"R": None, "alpha": None, "u": None}),
     "certificate": ("certificate", {"A": None, "R": None, "V": None, "W": None, "W_v": None}),
     "skipped_value_bound": ("skipped_value_bound", {"m": None, "v": None}),
