@@ -265,7 +265,14 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     finite_value = torch.where(torch.isfinite(value_scale) & live, value_scale, 0.0)
     skippable, means = block_means(call, views, head)
     kept = ~skippable & live
-    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms_value, "D": value_dim, "c_q": QUERY_NOISE[terms]}
+    common = {
+        "alpha": call.tolerance,
+        "u": call.unit_roundoff,
+        "N": live_rows,
+        "n": rms_value,
+        "D": value_dim,
+        "c_q": QUERY_NOISE[terms],
+    }
     skip_errors = weights * value_norm.clamp_min(rms_value)
     for row in range(weights.shape[0]):
         allowed = evaluate("budget", R=float(output_norm[row]), **common)

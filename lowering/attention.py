@@ -274,7 +274,9 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
     from .triton.attention import Read, Settings  # triton need not be installed for CPUs
 
     if "bounds" in inputs:
-        raise NotImplementedError("certified_read_attention has generated C++ only; call it outside torch.compile on this device")
+        raise NotImplementedError(
+            "certified_read_attention has generated C++ only; call it outside torch.compile on this device"
+        )
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
     settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)
