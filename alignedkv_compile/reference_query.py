@@ -32,7 +32,7 @@ class Int8Query:
         return cls(step, terms)
 
     def coarse_scores(self, high: torch.Tensor, offset: torch.Tensor, key_scale: torch.Tensor, scale: float) -> torch.Tensor:
-        """Scores ``[M, T]`` from the nibbles ``[T, Dk]`` of the 4-bit plane, less the rows' dither ``offset``, by every term."""
+        """Scores ``[M, T]`` from the nibbles ``[T, Dk]`` of the 4-bit plane, less the rows' dither, by every term."""
         dots = torch.zeros((), device=high.device)
         for place, term in enumerate(self.terms):
             dots = dots + (term @ high.T + term.sum(-1, keepdim=True) * (-7.5 - offset)) / TERM_RATIO**place

@@ -5,7 +5,7 @@ Inductor generates the source from fake CUDA tensors under a stand-in for ``torc
 of it.
 
     python benchmarks/gpu_codegen.py                         # five targets, head dimensions 64, 128 and 256
-    python benchmarks/gpu_codegen.py --targets sm_90 --dims 128 --json results/codegen.json
+    python benchmarks/gpu_codegen.py --targets sm_90 --dims 128 --dtype float16 --json results/codegen.json
 """
 
 from __future__ import annotations
@@ -333,26 +333,29 @@ def _amd_figures(assembly: str) -> dict[str, Any]:
     }
 
 
-def compile_target(target: str, dims: Sequence[int]) -> list[Compiled]:
+def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype) -> list[Compiled]:
     """All kernels for one target; in this process, which is spoilt for anything else afterwards."""
     stand_in_for_cuda(DEVICES[target])
-    return [compile_kernel(name, source, target, dim) for dim in dims for name, source in kernels(generate(Call(dim)))]
+    calls = [Call(dim, dtype=dtype) for dim in dims]
+    return [compile_kernel(name, source, target, call.dim) for call in calls for name, source in kernels(generate(call))]
 
 
 def main(
     targets: Annotated[str, typer.Option(help="comma-separated, of " + ", ".join(DEVICES))] = ",".join(DEVICES),
     dims: Annotated[str, typer.Option(help="comma-separated head dimensions")] = "64,128,256",
+    dtype: Annotated[str, typer.Option(help="of query, K and V; all but bfloat16 score with two int8 terms")] = "bfloat16",
     json_path: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Compile every generated kernel for GPUs that are not there."""
     names = targets.split(",")
     if len(names) == 1:
-        figures = compile_target(names[0], [int(dim) for dim in dims.split(",")])
+        figures = compile_target(names[0], [int(dim) for dim in dims.split(",")], getattr(torch, dtype))
     else:
         figures = []
         for target in names:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                command = [os.sys.executable, __file__, "--targets", target, "--dims", dims, "--json", file.name]  # type: ignore[attr-defined]
+                options = ["--targets", target, "--dims", dims, "--dtype", dtype, "--json", file.name]
+                command = [os.sys.executable, __file__, *options]  # type: ignore[attr-defined]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 figures += [Compiled(**entry) for entry in json.loads(Path(file.name).read_text())]
     if json_path is not None:

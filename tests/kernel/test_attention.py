@@ -12,6 +12,7 @@ from cases import (
     added_error_in_rho,
     agreement_budget,
     assert_propagated,
+    assert_second_term,
     case_with_number,
     exact,
     make_case,
@@ -38,9 +39,11 @@ def check_counts(kernel: dict[str, int], expected: dict[str, int]) -> None:
 SHAPES = [
     {"group": 3, "key_dim": 64},
     {"group": 1, "heads": 1, "key_dim": 128, "rows": 1500, "dtype": torch.float16},
+    {"group": 3, "key_dim": 64, "rows": 1500, "dtype": torch.float16, "peak": 4.0},
     {"group": 4, "key_dim": 80, "value_dim": 48, "query_rows": 4, "batch": 2, "peak": 6.0},
     {"batch": 8, "heads": 1, "group": 2, "key_dim": 32, "peak": 4.0},
     {"group": 5, "key_dim": 21, "value_dim": 9, "dtype": torch.float32, "unit_roundoff": 2.0**-8, "peak": 4.0},
+    {"group": 5, "key_dim": 21, "value_dim": 9, "rows": 1500, "dtype": torch.float32, "unit_roundoff": 2.0**-11, "peak": 4.0},
     {"group": 2, "key_dim": 96, "query_rows": 16, "query_dtype": torch.bfloat16, "rows": 640, "peak": 8.0, "tolerance": 4.0},
 ]
 
@@ -65,6 +68,8 @@ def test_kernel_agrees_with_the_reference(isa: str, shape: dict[str, object]) ->
     assert relative_errors(kernel.output, expected.output.double()).max() <= agreement_budget(case)
     check_counts(kernel.counts, expected.counts)
     assert kernel.counts["key_rows_mid"] > kernel.counts["key_rows_full"] > 0
+    if case.roundoff < 2.0**-8:
+        assert_second_term(case, kernel, planes)
     assert kernel.output.is_contiguous()
     assert kernel.output.dtype == case.query.dtype
 

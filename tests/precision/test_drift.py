@@ -215,6 +215,15 @@ def test_generated_cpp_holds_the_coefficients_and_constants(kernel_formulas: cty
     assert value("MAX_NORM") == pytest.approx(precision.NORM_RANGE[1], rel=2.0**-23)
 
 
+@pytest.mark.parametrize(("roundoff", "noise"), [(2.0**-8, 2.0), (2.0**-11, 1.0), (2.0**-24, 1.0)])
+def test_generated_cpp_has_the_query_noise_of_its_accuracy(roundoff: float, noise: float) -> None:
+    text = _formulas(Constants(64, 96, 1, 1, 0.125, 2.0, roundoff, 0, None, 0))  # type: ignore[arg-type]
+    (coefficient,) = re.findall(r"key_coefficient_8\(double q\) \{ return \(float\)\(([0-9.e-]+)\*q\)", text)
+    assert float(coefficient) == pytest.approx(math.sqrt(noise / 12) / 128, rel=1e-15)
+    (coefficient,) = re.findall(r"([0-9.e-]+)\*q\*\(P_sK\*R", text)
+    assert float(coefficient) == pytest.approx(math.sqrt(noise / 12) / 128, rel=1e-15)
+
+
 def test_generated_cpp_predicts_the_bytes(kernel_formulas: ctypes.CDLL) -> None:
     names = ("plane_K", "plane_V", "row_K", "row_V", "rows_K", "rows_K8", "rows_V", "rows_V4", "rows_V8")
     call = kernel_formulas.call_predicted_bytes

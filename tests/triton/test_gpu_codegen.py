@@ -20,13 +20,14 @@ NARROW_LOADS = {"score": 0, "stream": 0}
 """Loads below 4 bytes at most. The other kernels also read flags, one byte per row."""
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Figures of each kernel for head dimension 128 on sm_90, from a process of its own: the stand-in for CUDA undoes
-    nothing."""
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Figures of each kernel for head dimension 128 on sm_90, with one int8 term of the query and with two. From a process
+    of its own: the stand-in for CUDA undoes nothing."""
     path = tmp_path_factory.mktemp("codegen") / "figures.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(PROGRAM), "--targets", "sm_90", "--dims", "128", "--json", str(path)]
+    options = ["--targets", "sm_90", "--dims", "128", "--dtype", request.param, "--json", str(path)]
+    command = [sys.executable, str(PROGRAM), *options]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return {entry["kernel"]: entry for entry in json.loads(path.read_text())}
 
@@ -47,4 +48,4 @@ def test_loads_are_wide(compiled: dict[str, dict[str, Any]]) -> None:
 def test_products_use_tensor_cores(compiled: dict[str, dict[str, Any]]) -> None:
     assert any("s8" in name for name in compiled["score"]["tensor_core"]), "scores come from int8 products"
     assert any("tf32" in name for name in compiled["values"]["tensor_core"])
-    assert any("bf16" in name for name in compiled["stream"]["tensor_core"])
+    assert any("f16" in name for name in compiled["stream"]["tensor_core"])
