@@ -71,7 +71,7 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     size = rows.coarse_output_norm(weights, kept, means[1])
     keys = rows.refine_keys(weights, size, kept)
     if not keys.within:
-        _count(rows, keys, kept, torch.full(kept.shape, 4), means[0], counts)
+        _count(rows, keys, kept, torch.full_like(keys.bits, 4), means[0], counts)
         return None
     weights = masked_softmax(rows.scores)
     value_bits = rows.choose_value_bits(weights, kept, size)
@@ -191,13 +191,13 @@ class _Rows:
 
     def coarse_output_norm(self, weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """Norm of the output ``[M]`` from the 4-bit plane of V."""
-        bits = torch.full(kept.shape, 4)
+        bits = torch.full(kept.shape, 4, device=kept.device)
         coarse = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
         return coarse.norm(dim=-1)
 
     def refine_keys(self, weights: torch.Tensor, size: torch.Tensor, kept: torch.Tensor) -> _Keys:
         """Refine the scores, unless everything would be read anyway."""
-        bits = torch.full(self.live_rows.shape, 4)
+        bits = torch.full(self.live_rows.shape, 4, device=self.live_rows.device)
         middle = torch.zeros_like(self.live_rows)
         value_bytes = self.value_bytes(self.choose_value_bits(weights, kept, size), kept)
         for _ in range(REFINEMENTS):
