@@ -128,9 +128,9 @@ EXPRESSIONS: Mapping[str, sympy.Expr] = {
 def query_terms(unit_roundoff: float) -> int:
     """How many int8 terms stand for the query in the score pass, for the dtype that the tolerance is measured in.
 
-    One where its roundoff is bfloat16's, 2^-8, or more. In float16 and float32 most rows of K end at 8 bits or more, where
-    one term would double the error's variance and send many rows to full reads, which cost far more than a second product
-    with a plane that is loaded anyway.
+    One where its roundoff is bfloat16's, 2^-8, or more: few rows of K come near the threshold at 8 bits. In float16 and
+    float32 many do. Doubling their error's variance sends them to full reads, which cost more than a second product with a
+    plane that is loaded anyway.
     """
     return 1 if unit_roundoff >= 2**-8 else 2
 
