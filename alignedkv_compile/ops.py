@@ -7,6 +7,7 @@ operators is :mod:`alignedkv_compile.reference`, which also runs whenever an ope
 from __future__ import annotations
 
 import torch
+from torch import library
 
 NAMESPACE = "alignedkv"
 
@@ -25,7 +26,7 @@ COUNTER_FIELDS = (
 over batch and heads; the others count rows that were read beyond the 4-bit K plane. ``bytes_full`` is what a kernel
 that streams the cache in its own dtype would read."""
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = library.Library(NAMESPACE, "DEF")
 
 _library.define("quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()")
 _ATTENTION_ARGUMENTS = (
@@ -94,18 +95,18 @@ Returns:
 """
 
 
-@torch.library.register_fake(f"{NAMESPACE}::quantize_on_write")
+@library.register_fake(f"{NAMESPACE}::quantize_on_write")
 def _quantize_on_write_fake(
     planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int
 ) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::aligned_read_attention")
+@library.register_fake(f"{NAMESPACE}::aligned_read_attention")
 def _aligned_read_attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     batch, heads, rows, _dim = query.shape
     return query.new_empty(batch, heads, rows, value.shape[-1])
 
 
 for _name in ("aligned_read_attention.counted", "certified_read_attention", "certified_read_attention.counted"):
-    torch.library.register_fake(f"{NAMESPACE}::{_name}")(_aligned_read_attention_fake)
+    library.register_fake(f"{NAMESPACE}::{_name}")(_aligned_read_attention_fake)

@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import library
 
 from . import ops
 from .arena import (
@@ -64,7 +65,7 @@ def encode(rows: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> 
     return (code >> 12).to(torch.uint8), (code >> 8 & 15).to(torch.uint8)
 
 
-@torch.library.impl(f"{ops.NAMESPACE}::quantize_on_write", "CompositeExplicitAutograd")
+@library.impl(f"{ops.NAMESPACE}::quantize_on_write", "CompositeExplicitAutograd")
 def quantize_on_write(
     planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int
 ) -> None:
@@ -106,7 +107,7 @@ def _sum_blocks(views: ArenaViews, values: torch.Tensor, positions: torch.Tensor
         views.value_count[:, block] = torch.where(usable, place + 1, -1).to(torch.int32)
 
 
-@torch.library.impl(f"{ops.NAMESPACE}::aligned_read_attention", "CompositeExplicitAutograd")
+@library.impl(f"{ops.NAMESPACE}::aligned_read_attention", "CompositeExplicitAutograd")
 def aligned_read_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -125,7 +126,7 @@ def aligned_read_attention(
     )
 
 
-@torch.library.impl(f"{ops.NAMESPACE}::aligned_read_attention.counted", "CompositeExplicitAutograd")
+@library.impl(f"{ops.NAMESPACE}::aligned_read_attention.counted", "CompositeExplicitAutograd")
 def aligned_read_attention_counted(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -147,14 +148,14 @@ def aligned_read_attention_counted(
     return output
 
 
-@torch.library.impl(f"{ops.NAMESPACE}::certified_read_attention", "CompositeExplicitAutograd")
+@library.impl(f"{ops.NAMESPACE}::certified_read_attention", "CompositeExplicitAutograd")
 def certified_read_attention(*arguments: Any) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.certified_read_attention`."""
     *call, bounds, site = arguments
     return _certified_attention(call, bounds[site], ReadCounts())
 
 
-@torch.library.impl(f"{ops.NAMESPACE}::certified_read_attention.counted", "CompositeExplicitAutograd")
+@library.impl(f"{ops.NAMESPACE}::certified_read_attention.counted", "CompositeExplicitAutograd")
 def certified_read_attention_counted(*arguments: Any) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     *call, bounds, counters, site = arguments

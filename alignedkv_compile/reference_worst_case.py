@@ -169,16 +169,15 @@ class _Rows:
         """A share of the budget for outputs of norm ``size [M]``."""
         return SHARES[share] * _formula("worst_case_budget")(alpha=self.call.tolerance, u=self.call.unit_roundoff, R=size)
 
-    def score_bound(self, bits: torch.Tensor | int) -> torch.Tensor:
-        """``d [M, T]`` of rows read at 4, 8 or 16 bits; all 16 bits leave nothing to bound."""
+    def score_bound(self, bits: torch.Tensor) -> torch.Tensor:
+        """``d [M, T]`` of rows read at 4, 8 or 16 bits; 0 at 16, and where a query row does not attend; infinite above
+        :data:`.worst_case.LARGEST_SCORE_BOUND`."""
         sums = {"q_1": self.query_norm1, "r_1": self.query_lost1, "l_1": self.query_second1}
         arguments = {"s_K": self.key_scale, **{name: norms[:, None] for name, norms in sums.items()}}
         dimension = float(self.call.key.shape[-1])
-        at_4, at_8 = (
-            _formula("score_bound")(b=b, D_K=dimension, **arguments).clamp_max(LARGEST_SCORE_BOUND) for b in (4.0, 8.0)
-        )
-        bits = torch.as_tensor(bits)
-        return torch.where(bits == 4, at_4, torch.where(bits == 8, at_8, 0.0))
+        at_4, at_8 = (_formula("score_bound")(b=b, D_K=dimension, **arguments) for b in (4.0, 8.0))
+        d = torch.where(bits == 4, at_4, torch.where(bits == 8, at_8, 0.0))
+        return torch.where(self.call.attended, torch.where(d > LARGEST_SCORE_BOUND, torch.inf, d), 0.0)
 
     def choose_kept(self, weights: torch.Tensor, means: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rows of V that are read: those whose replacement by a block's mean would cost too much, and those without a mean."""
@@ -200,6 +199,7 @@ class _Rows:
         bits = torch.full(self.live_rows.shape, 4, device=self.live_rows.device)
         middle = torch.zeros_like(self.live_rows)
         value_bytes = self.value_bytes(self.choose_value_bits(weights, kept, size), kept)
+        top = self.scores.amax(-1, keepdim=True)
         for _ in range(REFINEMENTS):
             cost = self.key_cost(weights, bits, size)
             if bool((cost.sum(-1) <= self.budget("accepted_key", size)).all()):
@@ -215,6 +215,8 @@ class _Rows:
                 return _Keys(bits, middle, within=False)
             bits, middle = chosen, read
             self.refine_scores(bits)
+            if bool((self.scores - top > LARGEST_SCORE_BOUND).any()):
+                return _Keys(bits, middle, within=False)
             weights = masked_softmax(self.scores)
         return _Keys(bits, middle, within=True)
 
@@ -234,7 +236,8 @@ class _Rows:
     def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
         grown = _formula("growth")(d=self.score_bound(bits))
-        return _formula("key_addend")(p=weights, g=grown, v=self.value_norm, R=size[:, None])
+        cost = _formula("key_addend")(p=weights, g=grown, v=self.value_norm, R=size[:, None])
+        return torch.nan_to_num(cost, nan=torch.inf, posinf=torch.inf)  # an infinite bound on a weight that underflows
 
     def refine_scores(self, bits: torch.Tensor) -> None:
         """Scores of rows at 8 and 16 bits."""

@@ -135,7 +135,8 @@ FINEST_BUDGET = 2.0**-16
 :data:`SUM_SLACK` and :data:`weight_slack`."""
 
 LARGEST_SCORE_BOUND = 80.0
-"""Above it ``e^d`` says nothing, and is held here so that it stays finite."""
+"""Above it ``d`` counts as infinite, since ``e^d`` leaves float32: such a row is read further, or the head in full. Likewise
+weights above ``e`` to this, of scores that reading further has raised far above the first largest."""
 
 
 def query_slack(dimension: int) -> float:

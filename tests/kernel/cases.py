@@ -16,6 +16,7 @@ from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.lowering.isa import machine_isa
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.rebuild import post_grad_pass
+from alignedkv_compile.reference_head import hadamard
 from alignedkv_compile.reference_query import Int8Query
 
 SUM_ERROR = 2.0**-21
@@ -96,6 +97,26 @@ def make_case(
         value=(normal(batch, heads, rows, value_dim or key_dim) + 0.3).to(dtype),
         **fields,  # type: ignore[arg-type]
     )
+
+
+MISREAD = [(4.0, 0.3), (24.0, 6.0), (33.0, 0.3), (33.0, 6.0), (60.0, 2.0), (200.0, 0.3)]
+"""Arguments of :func:`misread_case`: 4 bits read scores from 15 to 800 below the truth, which is 1 to 200."""
+
+
+def misread_case(strength: float, score: float) -> Case:
+    """One row of K with about ``strength * score`` among zeros, each of whose mixed elements is read at 4 bits as far below its
+    value as can be, times the same number of the mixed query."""
+    dim, rows, place = 64, 40, 20
+    dither = place * 0.6180339887498949 % 1 - 0.5
+    mixed = torch.full((dim,), (0.98 - dither) / 8)  # just below the next code; the row's scale is 1
+    mixed[0] = 15 / 16
+    steps = round(float(score - mixed.sum()) * 8)
+    mixed[1:] += (steps // (dim - 1) + (torch.arange(dim - 1) < steps % (dim - 1))) / 8
+    key = torch.zeros(1, 1, rows, dim)
+    key[0, 0, place] = hadamard(mixed)  # its own inverse
+    value = torch.randn(1, 1, rows, dim, generator=torch.Generator().manual_seed(0))
+    query = hadamard(torch.full((1, 1, 1, dim), strength))
+    return Case(query=query, key=key, value=value, unit_roundoff=2.0**-8, tolerance=64.0, scale=1.0)
 
 
 def hard_rows(case: Case) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import (
+    MISREAD,
     NUMBERS,
     SUM_ERROR,
     Case,
@@ -16,6 +17,7 @@ from cases import (
     certified_errors,
     exact,
     make_case,
+    misread_case,
     run_certified_kernel,
     run_certified_reference,
     write_planes,
@@ -151,6 +153,28 @@ def test_masks(name: str) -> None:
     assert torch.equal(kernel.output.norm(dim=-1) == 0, exact(case).norm(dim=-1) == 0)
     if name == "half empty":
         assert kernel.counts["rows"] == 2 * 2 * 300, "rows that no query row attends to are not read"
+
+
+@pytest.mark.parametrize(("strength", "score"), MISREAD)
+def test_a_row_that_4_bits_read_as_nothing_is_not_lost(strength: float, score: float) -> None:
+    """Weights underflow, overflow and bounds leave floats: the row is read further, or the head in full."""
+    case = misread_case(strength, score)
+    check_certificates(case, run_certified_kernel(case, write_planes(case)))
+
+
+def test_a_bias_far_below_the_others_costs_nothing() -> None:
+    """-1e9, which many models add where nobody shall attend, is no prohibition but a score."""
+    rows = 600
+    bias = torch.zeros(1, 1, 1, rows)
+    bias[..., :300] = -1e9
+    case = make_case(rows=rows, mask=bias, peak=6.0, tolerance=8.0)
+    planes = write_planes(case)
+    kernel = run_certified_kernel(case, planes)
+    check_certificates(case, kernel)
+    expected = run_certified_reference(case, planes)
+    check_agreement(case, kernel, expected)
+    assert torch.equal(kernel.bounds > 0, expected.bounds > 0)
+    assert bool(kernel.bounds.any())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import exact, make_case, relative_errors, run_kernel, run_write, write_planes
+from torch import library
 
 from alignedkv_compile import arena, ops
 from alignedkv_compile.layout import arena_layout
@@ -20,13 +21,13 @@ def test_attention_passes_opcheck(masked: bool, counted: bool, certified: bool) 
     recorded = [bounds] * certified + [counters] * counted
     operator = ops.certified_read_attention if certified else ops.aligned_read_attention
     overload = operator.counted if counted else operator.default
-    torch.library.opcheck(overload, (*case.arguments(write_planes(case)), *recorded, *[1] * bool(recorded)))
+    library.opcheck(overload, (*case.arguments(write_planes(case)), *recorded, *[1] * bool(recorded)))
 
 
 def test_write_passes_opcheck() -> None:
     case = make_case(rows=40)
     planes = torch.zeros(arena_layout(case.key, case.value).total, dtype=torch.uint8)
-    torch.library.opcheck(ops.quantize_on_write.default, (planes, case.key, case.value, torch.arange(40), 40))
+    library.opcheck(ops.quantize_on_write.default, (planes, case.key, case.value, torch.arange(40), 40))
 
 
 def test_one_tensor_as_key_and_value() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, certified_errors, exact, make_case, run_certified_reference, write_planes
+from cases import MISREAD, Case, certified_errors, exact, make_case, misread_case, run_certified_reference, write_planes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import SPECIALS, Recipe, recipes, with_special
@@ -77,6 +77,14 @@ def test_the_bound_is_reached_within_an_order_of_magnitude_by_adversarial_rows()
     errors = certified_errors(case, output)
     assert bool((errors <= bounds + FLOAT32 / case.roundoff).all())
     assert float(errors.max()) > float(bounds.max()) / 10
+
+
+@pytest.mark.parametrize(("strength", "score"), MISREAD)
+def test_a_row_that_4_bits_read_as_nothing_is_not_lost(strength: float, score: float) -> None:
+    """Its score is read lower by more than any bound that ``e^d`` of a float can hold, so that its weight vanishes."""
+    case = misread_case(strength, score)
+    output, bounds, _ = certified(case)
+    assert float(certified_errors(case, output)) <= float(bounds) + FLOAT32 / case.roundoff
 
 
 @pytest.mark.parametrize("kind", SPECIALS)
@@ -153,9 +161,19 @@ def test_linear_threshold_is_the_largest_halving_of_the_limit_that_fits(costs: l
     rows = torch.ones(len(costs), dtype=torch.bool)
     theta = float(linear_threshold(cost, rows, torch.tensor([allowed], dtype=torch.float64), len(costs)))
     assert float(cost[cost <= theta].sum()) <= allowed
-    assert theta in (allowed / len(costs), *(allowed * 2.0**-step for step in range(LADDER)))
-    if theta < allowed and theta != allowed / len(costs):
+    assert theta in [allowed * 2.0**-step for step in range(LADDER)], "so few rows never need the last resort"
+    if theta < allowed:
         assert float(cost[cost <= 2 * theta].sum()) > allowed
+
+
+def test_linear_threshold_of_many_equal_costs_is_the_limit_over_their_number() -> None:
+    count = 2 * 2**LADDER
+    rows, allowed = torch.ones(count, dtype=torch.bool), torch.tensor([8.0], dtype=torch.float64)
+    lowest = 8.0 * 2.0 ** -(LADDER - 1)
+    for cost in (lowest, lowest / 2):
+        costs = torch.full((1, count), cost, dtype=torch.float64)
+        assert float(linear_threshold(costs, rows, allowed, count)) == 8.0 / count
+    assert float(linear_threshold(costs / 8, rows, allowed, count)) == 8.0
 
 
 def test_value_bound_is_the_norm_of_half_steps() -> None:
