@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .layout import PLANES_STALE, PLANES_VALID, SCORE_GROUP, ArenaLayout
+from .layout import (
+    NORM_SHIFT,
+    PLANES_STALE,
+    PLANES_VALID,
+    SCALE_SHIFT,
+    SCALES_BYTES,
+    SCORE_GROUP,
+    SMALLEST_NORM_BITS,
+    ArenaLayout,
+)
 
 
 @dataclass(frozen=True)
@@ -19,8 +28,7 @@ class ArenaViews:
 
     Attributes:
         header: int64 ``[8]``.
-        key_scale: float32 ``[BH, rows]``.
-        value_scale: int32 ``[BH, rows]``, two bfloat16 halves (see :func:`unpack_value_scale`).
+        scales: int32 ``[BH, rows]``, a row's scales and the norm of V (see :func:`unpack_scales`).
         value_count: int32 ``[BH, blocks]``.
         value_sum: float32 ``[BH, blocks, Dv]``.
         key_hi: uint8 ``[BH, rows / 16, Dk' / 8, 16, 4]`` in score order.
@@ -29,8 +37,7 @@ class ArenaViews:
     """
 
     header: torch.Tensor
-    key_scale: torch.Tensor
-    value_scale: torch.Tensor
+    scales: torch.Tensor
     value_count: torch.Tensor
     value_sum: torch.Tensor
     key_hi: torch.Tensor
@@ -62,8 +69,7 @@ def arena_views(planes: torch.Tensor, layout: ArenaLayout) -> ArenaViews:
     key_bytes, value_bytes = layout.key_plane_row, layout.value_plane_row
     return ArenaViews(
         header=section(0, 64).view(torch.int64),
-        key_scale=section(layout.key_scale, heads * rows * 4).view(torch.float32).view(heads, rows),
-        value_scale=section(layout.value_scale, heads * rows * 4).view(torch.int32).view(heads, rows),
+        scales=section(layout.scales, heads * rows * SCALES_BYTES).view(torch.int32).view(heads, rows),
         value_count=records.view(torch.int32)[..., 0],
         value_sum=floats[..., 1:],
         key_hi=section(layout.key_hi, heads * rows * key_bytes).view(
@@ -103,16 +109,32 @@ def unpack_score_order(packed: torch.Tensor) -> torch.Tensor:
     return runs.reshape(*packed.shape[:-4], packed.shape[-4] * SCORE_GROUP, packed.shape[-3] * 8)
 
 
-def pack_value_scale(scale: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """float32 scales and norms to int32: the scale rounded *up* to bfloat16 (high half), the norm to nearest (low half)."""
-    bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    high = torch.where(torch.isfinite(scale), (bits + 0xFFFF) >> 16, bits >> 16 | torch.isnan(scale).to(torch.int64) << 6)
-    low = norm.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
-    word = high << 16 | low
+def pack_scales(key: torch.Tensor, value: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """int32 words from float32 scales ``key`` and ``value`` and from ``norm``, the norm of V in units of its stored scale.
+
+    A V scale of which the largest norm would leave float32 becomes Inf, which has the row read as it is.
+    """
+    value = torch.where(torch.isfinite(value * 128), value, value + torch.inf)
+    norm_code = (norm.view(torch.int32) + (1 << NORM_SHIFT - 1) - SMALLEST_NORM_BITS) >> NORM_SHIFT
+    word = _scale_code(key) << 20 | _scale_code(value) << 8 | norm_code.clamp(0, 255).to(torch.int64)
     return (word - ((word >> 31 & 1) << 32)).to(torch.int32)
 
 
-def unpack_value_scale(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 words to float32 ``(scale, norm)``."""
-    wide = words.to(torch.int32)
-    return (wide & -65536).view(torch.float32), (wide << 16).view(torch.float32)
+def rounded_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The stored number that stands for a float32 ``scale``: not below it, at most 1/16 above; Inf and NaN stay."""
+    return (_scale_code(scale).to(torch.int32) << SCALE_SHIFT).view(torch.float32)
+
+
+def unpack_scales(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int32 words to float32 ``(key_scale, value_scale, value_norm)``."""
+    mask = 0xFFF << SCALE_SHIFT
+    key = (words >> 1 & mask).view(torch.float32)
+    value = (words << 11 & mask).view(torch.float32)
+    return key, value, value * (((words & 255) << NORM_SHIFT) + SMALLEST_NORM_BITS).view(torch.float32)
+
+
+def _scale_code(scale: torch.Tensor) -> torch.Tensor:
+    """The 12 bits of a scale, int64: exponent and four bits of mantissa, rounded up."""
+    bits = scale.view(torch.int32).to(torch.int64)
+    rounded = bits + torch.where(torch.isfinite(scale), (1 << SCALE_SHIFT) - 1, 0)
+    return torch.where(torch.isnan(scale), 0xFF8, rounded >> SCALE_SHIFT)

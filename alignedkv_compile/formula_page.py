@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sympy
 
-from .precision import EXPRESSIONS, KAPPA, NORM_RANGE, QUERY_NOISE, STREAM_FRACTION, TERM_RATIO
+from .precision import EXPRESSIONS, KAPPA, NORM_RANGE, STREAM_FRACTION, TERM_RATIO
 from .worst_case import CODE_SLACK, NORM_SLACK, SHARES, WORST_CASE, mixing_slack
 
 PAPER = "AlignedKV, arXiv 2409.16546"
@@ -22,11 +22,10 @@ SYMBOLS: Mapping[str, tuple[str, str]] = {
     "N": ("live rows", "rows"),
     "n": ("root mean square of the V rows' norms", "value"),
     "p": ("softmax weight of a row", "1"),
-    "v": ("norm of a V row, stored as bfloat16", "value"),
-    "s_K": ("stored scale of a mixed K row: 16/15 of its largest element", "key"),
-    "s_V": ("stored scale of a V row: 16/15 of its largest element, rounded up to bfloat16", "value"),
+    "v": ("norm of a V row, stored within 1/64", "value"),
+    "s_K": ("stored scale of a mixed K row: 16/15 of its largest element, rounded up by at most 1/16", "key"),
+    "s_V": ("stored scale of a V row, likewise", "value"),
     "q": ("norm of the query row times the softmax scale", "1/key"),
-    "c_q": ("variance of an 8-bit score over that of its key's own error, see the constants", "1"),
     "D": ("head dimension of V", "elements"),
     "b": ("bits read of a row: 4 or 8", "bits"),
     "x": ("variance of a score; in the certificate the distance of a score from the largest", "1"),
@@ -35,6 +34,9 @@ SYMBOLS: Mapping[str, tuple[str, str]] = {
     "P_sK": ("sum of p s_K", "key"),
     "P_sKv": ("sum of p s_K v", "key value"),
     "P_sV": ("sum of p s_V", "value"),
+    "row": ("one row in the cache", "bytes"),
+    "plane": ("one row of a 4-bit plane", "bytes"),
+    "theta_4": ("theta over the middle ratio of V: what addends of V at 4 bits are held to", "value"),
     "rows_K8": ("rows of K of which the second 4 bits are read", "rows"),
     "rows_K": ("rows of K that are read in full", "rows"),
     "rows_V4": ("rows of V of which the first 4 bits are read", "rows"),
@@ -75,6 +77,10 @@ NOTES: Mapping[str, tuple[str, str]] = {
         "theta: every addend is held to it. Independent errors at or below it have a sum of squares of at most "
         "min(theta E, 2 N theta²) ≤ B².",
         f"{PAPER}: equal absolute precision",
+    ),
+    "middle_ratio": (
+        "A middle plane is read where the error at 4 bits exceeds theta over this: it costs fewer bytes than the row itself.",
+        "this project",
     ),
     "remaining_budget": ("B after K rows left at 4 bits have spent their part.", "this project"),
     "skip_threshold": ("tau: a V row with p max(v, n) ≤ tau is answered by its block's mean.", "this project"),
@@ -137,9 +143,7 @@ def render() -> str:
             lines.append(f"| ${sympy.latex(sympy.Symbol(name))}$ | {text} | {unit} |")
     constants = (
         ("kappa", "rms rounding error over u times the magnitude, mantissa log-uniform in [1, 2)", KAPPA),
-        ("$c_{q}$, one term", "the query of the score pass is one int8 term: u at least 2⁻⁸", QUERY_NOISE[1]),
-        ("$c_{q}$, two terms", "it is two int8 terms: u below 2⁻⁸", QUERY_NOISE[2]),
-        ("term ratio", "step of the first term over that of the second", TERM_RATIO),
+        ("term ratio", "step of the query's first int8 term over that of its second", TERM_RATIO),
         ("stream fraction", "above this share of the cache's bytes, the cache is streamed", STREAM_FRACTION),
         ("norm range", "rms norm of V outside of which the cache is streamed", NORM_RANGE),
     )

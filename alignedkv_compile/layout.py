@@ -8,8 +8,7 @@ contiguous over ``[batch, kv head, row]``; rows are padded to whole blocks of :d
 section        bytes per row          content
 =============  =====================  ==================================================================================
 header         (64 in all)            int64[0] is :data:`PLANES_VALID` or :data:`PLANES_STALE`; the rest is reserved
-key_scale      4                      float32, ``absmax(H k) * 16/15``
-value_scale    4                      two bfloat16 halves of one uint32: high ``absmax(v) * 16/15`` rounded up, low ``||v||``
+scales         4                      one uint32: ``absmax(H k) * 16/15`` (12 bits), ``absmax(v) * 16/15`` (12), ``||v||`` (8)
 value_sum      (4 + 4 Dv) per block   int32 number of rows summed so far (-1: not usable), then the float32 sum of those V rows
 key_hi         Dk'/2                  4-bit plane of K: on a CPU in *score order*, on a GPU in *row order* (below)
 key_mid        Dk'/2                  4-bit plane of K in *row order*
@@ -22,6 +21,9 @@ in its low and element ``i + D'/2`` in its high nibble, so that eight or sixteen
 elements. *Score order*: groups of 16 tokens; inside a group, for each run ``g`` of eight elements, 64 bytes: token ``t``'s
 bytes ``4t..4t+3`` hold elements ``8g..8g+3`` in the low and ``8g+4..8g+7`` in the high nibbles. A 64-byte load then feeds
 int8 dot products that leave one sum per token, with no horizontal addition.
+
+A *scale* is the exponent and the first four mantissa bits of a float32, rounded up, so that Inf and NaN stay what they are. The
+*norm* is a multiple of its row's V scale: three bits of exponent and five of mantissa, from :data:`SMALLEST_NORM` on.
 
 The 16-bit code that the planes are cut from is ``X = clamp(floor(Hx * 32768 / scale + 4096 * dither), int16)``; a plane stores
 a nibble of ``X + 32768``, so nibbles are unsigned everywhere.
@@ -61,6 +63,18 @@ CODE_RANGE = 32768
 """The 16-bit code of a number equal to its row's scale."""
 HEADROOM = 16.0 / 15.0
 """Scale head-room that keeps the dithered code inside int16."""
+
+SCALES_BYTES = 4
+"""Bytes per row of ``scales``."""
+SCALE_SHIFT = 19
+"""Low bits of a float32 that a stored scale leaves out; a scale is at most 1/16 larger than the number."""
+NORM_SHIFT = 18
+"""The same for the norm over the scale, which is rounded to nearest: within 1/64."""
+SMALLEST_NORM = 0.5
+"""Norm over scale whose code is zero. A row's norm is at least 15/17 of its scale, and at most ``sqrt(MAX_HEAD_DIM)`` times it;
+the codes end at 126 times."""
+SMALLEST_NORM_BITS = 0x3F000000
+"""The same as the bits of a float32."""
 
 
 def _align(size: IntLike) -> IntLike:
@@ -131,16 +145,12 @@ class ArenaLayout:
         return 4 + 4 * self.value_dim
 
     @property
-    def key_scale(self) -> int:
+    def scales(self) -> int:
         return ALIGNMENT
 
     @property
-    def value_scale(self) -> int:
-        return self.key_scale + _align(self.heads * self.rows * 4)
-
-    @property
     def value_sum(self) -> int:
-        return self.value_scale + _align(self.heads * self.rows * 4)
+        return self.scales + _align(self.heads * self.rows * SCALES_BYTES)
 
     @property
     def key_hi(self) -> int:

@@ -13,7 +13,8 @@ Symbols (all positive):
 * ``p``: softmax weight of a row; ``s_K``, ``s_V``: stored scales of its K and V row (``absmax * 16/15``);
 * ``v``: norm of its V row; ``n``: rms of ``v`` over the live rows; ``N``: number of live rows;
 * ``q``: norm of the query row times the softmax scale; ``D``: head dimension of V; ``b``: bits read, 4 or 8;
-* ``c_q``: variance of a score read at 8 bits over that of its key's own error, see :data:`QUERY_NOISE`.
+* ``row``, ``plane``: bytes of a row of the cache and of one of its 4-bit planes;
+* ``theta_4``: what addends of V at 4 bits are held to.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import sympy
 from sympy.codegen.ast import float32, real
 from sympy.printing.str import StrPrinter
 
-alpha, u, R, N, n, D, q, c_q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q c_q s_K s_V p v b", positive=True)
-B, E, left = sympy.symbols("B E left", positive=True)
+from .layout import ArenaLayout
+
+alpha, u, R, N, n, D, q, s_K, s_V, p, v, b = sympy.symbols("alpha u R N n D q s_K s_V p v b", positive=True)
+B, E, left, row, plane, theta_4 = sympy.symbols("B E left row plane theta_4", positive=True)
 P_v, P_sK, P_sKv, P_sV = sympy.symbols("P_v P_sK P_sKv P_sV", positive=True)
 rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = sympy.symbols(
     "rows_K8 rows_K rows_V4 rows_V8 rows_V row_K row_V plane_K plane_V", positive=True
@@ -40,14 +43,14 @@ KAPPA = sympy.sqrt(1 / (8 * sympy.log(2)))
 TERM_RATIO = 254
 """Step of the query's first int8 term over that of its second: half a step of the first is 127 steps of the second."""
 
-QUERY_NOISE: Mapping[int, int] = {1: 2, 2: 1}
-"""``c_q`` by the number of int8 terms that stand for the query in the score pass.
+QUERY_TERMS = 2
+"""int8 terms that stand for the query in the score pass.
 
-The rounding error of one term has about the variance of the 8-bit key's error. At 4 bits the key's own error is 256 times
-as large, and the factor is left out. Two terms round 254 times as finely. What remains is that the middle plane is
-multiplied by the first term only, which leaves out its rounding error times a part of K of at most ``s_K / 16``: an element
-of variance ``step^2 / 12`` times one of ``s_K^2 / 768``. That is ``(largest / rms element of the mixed query)^2 / 756`` of
-the key's own variance, about 1/100, and is left out too."""
+The rounding error of one alone has about the variance of the 8-bit key's error. It would send rows to full reads, which cost
+more than a second product with a plane that is loaded anyway. Two terms round 254 times as finely. What remains is that the
+middle plane is multiplied by the first term only, which leaves out its rounding error times a part of K of at most ``s_K /
+16``: an element of variance ``step^2 / 12`` times one of ``s_K^2 / 768``. That is ``(largest / rms element of the mixed
+query)^2 / 756`` of the 8-bit key's own variance, about 1/100, and is left out of the error model."""
 
 STREAM_FRACTION = sympy.Rational(9, 10)
 """When the predicted bytes exceed this fraction of the cache's own, the cache is streamed in full instead."""
@@ -78,7 +81,7 @@ weight_error_factor = sympy.horner(
 ``p^2 (e^(2 x) - 2 e^(x / 2) + 1) = p^2 x * factor`` with ``x = sigma^2``: this is the factor's series. It is near 1 for most
 rows, and keeps rows whose 4-bit scores say little from being trusted."""
 
-key_error_squared = p**2 * score_noise**2 * sympy.Piecewise((c_q, sympy.Eq(b, 8)), (1, True)) * (v**2 + R**2)
+key_error_squared = p**2 * score_noise**2 * (v**2 + R**2)
 """``eK^2`` to first order: squared error that one K row read at ``b`` bits adds to the output. A score error moves the output
 by ``p * ||v_j - o||``, whose square is ``v^2 + R^2`` for a V row uncorrelated with the output. At 4 bits it is multiplied by
 ``weight_error_factor``; at 8 bits that factor is 1 within a percent."""
@@ -99,14 +102,20 @@ addend_sum = key_coefficient.subs(b, 8) * (P_sKv + R * P_sK) + value_coefficient
 threshold = sympy.Max(B**2 / E, B / sympy.sqrt(2 * N))
 """``theta``: addends with ``e <= theta`` have ``sum e^2 <= min(theta E, 2 N theta^2) <= B^2`` for independent errors."""
 
+middle_ratio = sympy.sqrt(row / plane)
+"""The middle plane of a row is read where its error at 4 bits exceeds ``theta`` over this; the row itself where that at 8 bits
+exceeds ``theta``. A given ``sum e^2`` takes the fewest bytes where every further read takes the same squared error off per
+byte, and a row of the cache has ``row / plane`` times as many bytes as one of a plane."""
+
 remaining_budget = sympy.sqrt(sympy.Max(B**2 - left, B**2 / 4))
 """``B`` once the K rows left at 4 bits have spent ``left`` (a sum of squares)."""
 
-skip_threshold = sympy.Max(B**2 / (P_v + n), B / sympy.sqrt(N))
+skip_threshold = sympy.Min(sympy.Max(B**2 / (P_v + n), B / sympy.sqrt(N)), theta_4)
 """``tau``: a V row answered by its block's mean instead of being read is an addend of error ``p max(v, n)``: it is off by
 ``p ||v_j - mean||``, and the mean's norm is at most about ``n``. Rows with ``p max(v, n) <= tau`` stay within ``B`` for
-independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v``. (A rule on the skipped mass
-with a measured constant would let peaked attention skip single heavy rows.)"""
+independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v``. The 4 bits of a row cost what its next 4
+cost, so ``tau`` is at most what addends of V at 4 bits are held to, ``theta_4 = theta / middle_ratio``. (A rule on the skipped
+mass with a measured constant would let peaked attention skip single heavy rows.)"""
 
 predicted_bytes = rows_K8 * plane_K + rows_K * row_K + (rows_V4 + rows_V8) * plane_V + rows_V * row_V
 """Bytes to be read after the score pass: row counts times bytes per row (``plane_*`` one 4-bit plane, ``row_*`` the cache)."""
@@ -118,21 +127,12 @@ EXPRESSIONS: Mapping[str, sympy.Expr] = {
     "value_coefficient": value_coefficient,
     "addend_sum": addend_sum,
     "threshold": threshold,
+    "middle_ratio": middle_ratio,
     "remaining_budget": remaining_budget,
     "skip_threshold": skip_threshold,
     "predicted_bytes": predicted_bytes,
 }
 """Every named formula that the kernels evaluate."""
-
-
-def query_terms(unit_roundoff: float) -> int:
-    """How many int8 terms stand for the query in the score pass, for the dtype that the tolerance is measured in.
-
-    One where its roundoff is bfloat16's, 2^-8, or more: few rows of K come near the threshold at 8 bits. In float16 and
-    float32 many do. Doubling their error's variance sends them to full reads, which cost more than a second product with a
-    plane that is loaded anyway.
-    """
-    return 1 if unit_roundoff >= 2**-8 else 2
 
 
 @functools.cache
@@ -157,6 +157,13 @@ def evaluate(name: str, **values: float) -> float:
         return float(function(*(float(values[a]) for a in arguments)))
     except ZeroDivisionError:
         return math.inf
+
+
+def middle_ratios(arena: ArenaLayout, element_size: int) -> tuple[float, float]:
+    """:data:`middle_ratio` of K and of V, whose cache has ``element_size`` bytes per number."""
+    key = evaluate("middle_ratio", row=arena.key_dim * element_size, plane=arena.key_plane_row)
+    value = evaluate("middle_ratio", row=arena.value_dim * element_size, plane=arena.value_plane_row)
+    return key, value
 
 
 def print_cpp_function(
@@ -184,7 +191,7 @@ def print_cpp_function(
     if named != free:
         raise ValueError(f"{name} is a formula of {sorted(free)}, not of {sorted(named)}")
     expression = sympy.N(expression.subs({_symbol(k): sympy.Float(value, 17) for k, value in values.items()}), 17)
-    text = sympy.ccode(expression).replace("fmax(", "std::max<double>(")
+    text = sympy.ccode(expression).replace("fmax(", "std::max<double>(").replace("fmin(", "std::min<double>(")
     parameters = ", ".join(f"double {argument}" for argument in arguments)
     return f"static inline float {function}({parameters}) {{ return (float)({text}); }}"
 
@@ -199,12 +206,15 @@ def print_cpp_vector_function(
 
 
 class _TritonPrinter(StrPrinter):
-    """Expressions of numbers, sums, products, powers and maxima as Triton; ``constants`` are names of compile-time numbers."""
+    """Expressions of numbers, sums, products, powers, minima and maxima as Triton; ``constants`` name compile-time numbers."""
 
     _default_settings: ClassVar[dict[str, object]] = {**StrPrinter._default_settings, "constants": ()}
 
     def _print_Max(self, expression: sympy.Expr) -> str:  # noqa: N802 (sympy looks it up by class)
         return functools.reduce(lambda a, b: f"tl.maximum({a}, {b})", map(self._print, expression.args))
+
+    def _print_Min(self, expression: sympy.Expr) -> str:  # noqa: N802
+        return functools.reduce(lambda a, b: f"tl.minimum({a}, {b})", map(self._print, expression.args))
 
     def _print_Pow(self, expression: sympy.Expr, rational: bool = False) -> str:  # noqa: N802
         base, exponent = self._print(expression.base), float(expression.exp)

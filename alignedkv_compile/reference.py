@@ -18,10 +18,11 @@ from .arena import (
     ArenaViews,
     arena_views,
     pack_row_order,
+    pack_scales,
     pack_score_order,
-    pack_value_scale,
+    rounded_scale,
     unpack_row_order,
-    unpack_value_scale,
+    unpack_scales,
 )
 from .layout import (
     BLOCK_ROWS,
@@ -30,13 +31,14 @@ from .layout import (
     HEADROOM,
     MIDDLE_STEP,
     PLANES_VALID,
+    SCALES_BYTES,
     SCORE_GROUP,
     ArenaLayout,
     arena_layout,
     padded_head_dim,
     score_ordered,
 )
-from .precision import EXPRESSIONS, NORM_RANGE, QUERY_NOISE, STREAM_FRACTION, evaluate, query_terms
+from .precision import EXPRESSIONS, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -78,18 +80,20 @@ def quantize_on_write(
     keys = hadamard(key[:, :, inside].flatten(0, 1))
     values = value[:, :, inside].flatten(0, 1).float()
 
-    key_scale = keys.abs().amax(-1) * HEADROOM if keys.numel() else keys.new_zeros(keys.shape[:-1])
-    value_scale = values.abs().amax(-1) * HEADROOM if values.numel() else values.new_zeros(values.shape[:-1])
-    words = pack_value_scale(value_scale, values.norm(dim=-1))
-    views.key_scale[:, positions] = key_scale
-    views.value_scale[:, positions] = words
+    key_scale, value_scale = (
+        rounded_scale(rows.abs().amax(-1) * HEADROOM) if rows.numel() else rows.new_zeros(rows.shape[:-1])
+        for rows in (keys, values)
+    )
+    inverse = torch.where(value_scale > 0, 1 / value_scale, 0.0)
+    words = pack_scales(key_scale, value_scale, (values * inverse[..., None]).norm(dim=-1))
+    views.scales[:, positions] = words
     high, middle = encode(keys, key_scale, positions)
     if score_ordered(planes.device):
         views.key_hi[:, positions // SCORE_GROUP, :, positions % SCORE_GROUP] = pack_score_order(high).movedim(0, 1)
     else:
         views.key_hi_rows[:, positions] = pack_row_order(high)
     views.key_mid[:, positions] = pack_row_order(middle)
-    high, middle = encode(values, unpack_value_scale(words)[0], positions)
+    high, middle = encode(values, value_scale, positions)
     views.value_hi[:, positions] = pack_row_order(high)
     views.value_mid[:, positions] = pack_row_order(middle)
     _sum_blocks(views, values, positions)
@@ -239,16 +243,14 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     live_rows = int(live.sum())
     positions = torch.arange(length, device=call.key.device)
     offset = dither(positions)
-    key_scale = views.key_scale[head, :length]
-    value_scale, value_norm = unpack_value_scale(views.value_scale[head, :length])
+    key_scale, value_scale, value_norm = unpack_scales(views.scales[head, :length])
     value_norm = torch.where(live & torch.isfinite(value_norm), value_norm, 0.0)
     special_keys = live & ~torch.isfinite(key_scale)
     special_values = live & ~torch.isfinite(value_scale)
 
-    # 1. scores from the 4-bit plane, with the query as one or two int8 terms
+    # 1. scores from the 4-bit plane, with the query as two int8 terms
     mixed = hadamard(call.query)
-    terms = query_terms(call.unit_roundoff)
-    query = Int8Query.rounded(mixed, terms)
+    query = Int8Query.rounded(mixed)
     high = key_nibbles(views, head)[:length, :key_dim].float()
     scores = query.coarse_scores(high, offset, key_scale, call.scale)
     if bool(special_keys.any()):
@@ -272,26 +274,11 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
         "N": live_rows,
         "n": rms_value,
         "D": value_dim,
-        "c_q": QUERY_NOISE[terms],
     }
-    skip_errors = weights * value_norm.clamp_min(rms_value)
-    for row in range(weights.shape[0]):
-        allowed = evaluate("budget", R=float(output_norm[row]), **common)
-        kept |= skip_errors[row] > evaluate("skip_threshold", B=allowed, P_v=float(weights[row] @ value_norm), **common)
-    kept = (kept & live) | special_values
+    middle_key, middle_value = middle_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
 
-    # 2. those V rows at 4 bits give the output's norm, hence the threshold of every addend
-    value_high = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
-    value_high = torch.where(special_values[:, None], call.value.float(), value_high)
-    coarse = weights[:, kept] @ value_high[kept] + skipped_output(weights, kept, means)
-    coarse = torch.where(torch.isfinite(coarse), coarse, 0.0)  # a NaN in V spoils its own element, not the thresholds
-    output_norm = torch.maximum(output_norm, coarse.norm(dim=-1))
-    spread = (value_norm.square() + output_norm[:, None].square()).sqrt()
-    key_4, key_8, addend_sums, budgets, thresholds = [], [], [], [], []
-    value_4, value_8 = (evaluate("value_coefficient", b=bits, **common) for bits in (4, 8))
-    for row in range(weights.shape[0]):
-        key_4.append(evaluate("key_coefficient", b=4, q=float(norm[row]), **common))
-        key_8.append(evaluate("key_coefficient", b=8, q=float(norm[row]), **common))
+    def threshold(row: int) -> tuple[float, float, float]:
+        """``E``, ``B`` and ``theta`` of a query row, from what is known of its output's norm."""
         addends = evaluate(
             "addend_sum",
             q=float(norm[row]),
@@ -301,9 +288,28 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
             P_sV=float(weights[row] @ finite_value),
             **common,
         )
-        addend_sums.append(max(addends, 1e-30))
-        budgets.append(evaluate("budget", R=float(output_norm[row]), **common))
-        thresholds.append(evaluate("threshold", B=budgets[row], E=addend_sums[row], **common))
+        addends = max(addends, 1e-30)
+        allowed = evaluate("budget", R=float(output_norm[row]), **common)
+        return addends, allowed, evaluate("threshold", B=allowed, E=addends, **common)
+
+    skip_errors = weights * value_norm.clamp_min(rms_value)
+    for row in range(weights.shape[0]):
+        _, allowed, first = threshold(row)
+        kept |= skip_errors[row] > evaluate(
+            "skip_threshold", B=allowed, P_v=float(weights[row] @ value_norm), theta_4=first / middle_value, **common
+        )
+    kept = (kept & live) | special_values
+
+    # 2. those V rows at 4 bits give the output's norm, hence the threshold of every addend
+    value_high = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
+    value_high = torch.where(special_values[:, None], call.value.float(), value_high)
+    coarse = weights[:, kept] @ value_high[kept] + skipped_output(weights, kept, means)
+    coarse = torch.where(torch.isfinite(coarse), coarse, 0.0)  # a NaN in V spoils its own element, not the thresholds
+    output_norm = torch.maximum(output_norm, coarse.norm(dim=-1))
+    spread = (value_norm.square() + output_norm[:, None].square()).sqrt()
+    value_4, value_8 = (evaluate("value_coefficient", b=bits, **common) for bits in (4, 8))
+    key_4, key_8 = ([evaluate("key_coefficient", b=bits, q=q) for q in norm.tolist()] for bits in (4, 8))
+    addend_sums, budgets, thresholds = (list(numbers) for numbers in zip(*map(threshold, range(len(weights))), strict=True))
 
     def column(numbers: list[float]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=call.key.device)[:, None]
@@ -311,25 +317,26 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     key_addend, value_addend = weights * finite_key * spread, weights * finite_value
     theta = column(thresholds)
     plane_key, plane_value = padded_head_dim(key_dim) // 2, padded_head_dim(value_dim) // 2
+    row_key, row_value = (dimension * call.key.element_size() for dimension in (key_dim, value_dim))
     key_errors = weights * spread * _weight_error(finite_key * column(key_4))
-    refined = (key_errors > theta).any(0) & ~special_keys
+    refined = (key_errors * middle_key > theta).any(0) & ~special_keys
     full_guess = refined & (key_addend * column(key_8) > theta).any(0)
     predicted = evaluate(
         "predicted_bytes",
         rows_K8=int(refined.sum()),
         rows_K=int(full_guess.sum()),
         rows_V4=int(kept.sum()),
-        rows_V8=int((kept & (value_addend * value_4 > theta).any(0)).sum()),
+        rows_V8=int((kept & (value_addend * value_4 * middle_value > theta).any(0)).sum()),
         rows_V=int((kept & (value_addend * value_8 > theta).any(0)).sum()),
-        row_K=key_dim * call.key.element_size(),
-        row_V=value_dim * call.value.element_size(),
+        row_K=row_key,
+        row_V=row_value,
         plane_K=plane_key,
         plane_V=plane_value,
     )
-    full = live_rows * (key_dim + value_dim) * call.key.element_size()
+    full = live_rows * (row_key + row_value)
     groups = int(torch.nn.functional.pad(live, (0, -length % SCORE_GROUP)).view(-1, SCORE_GROUP).any(-1).sum())
     blocks_used = int(torch.nn.functional.pad(skippable & ~kept, (0, -length % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1).sum())
-    counts.bytes_read += groups * SCORE_GROUP * (plane_key + 8) + blocks_used * (4 + 4 * value_dim)
+    counts.bytes_read += groups * SCORE_GROUP * (plane_key + SCALES_BYTES) + blocks_used * (4 + 4 * value_dim)
     counts.bytes_read += int(kept.sum()) * plane_value
     counts.value_rows_hi += int(kept.sum())
     if predicted > float(STREAM_FRACTION) * full:
@@ -341,7 +348,9 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     weights = masked_softmax(scores)
     for row in range(weights.shape[0]):
         errors = key_errors[row]
-        remaining = evaluate("remaining_budget", B=budgets[row], left=float(errors[errors <= thresholds[row]].square().sum()))
+        remaining = evaluate(
+            "remaining_budget", B=budgets[row], left=float(errors[errors * middle_key <= thresholds[row]].square().sum())
+        )
         thresholds[row] = evaluate("threshold", B=remaining, E=addend_sums[row], **common)
     theta = column(thresholds)
     key_addend, value_addend = weights * finite_key * spread, weights * finite_value
@@ -352,7 +361,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
 
     # 4. V rows likewise, among those kept in 2
     value_addend = weights * finite_value
-    middle_values = kept & (value_addend * value_4 > theta).any(0) & ~special_values
+    middle_values = kept & (value_addend * value_4 * middle_value > theta).any(0) & ~special_values
     exact_values = middle_values & (value_addend * value_8 > theta).any(0)
     both = value_high + (unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float() - 7.5) * (
         value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)
@@ -373,10 +382,9 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     counts.key_rows_full += int((exact_keys | special_keys).sum())
     counts.value_rows_mid += int(middle_values.sum())
     counts.value_rows_full += int((exact_values | special_values).sum())
-    element = call.key.element_size()
-    counts.bytes_read += int(refined.sum()) * plane_key + int((exact_keys | special_keys).sum()) * key_dim * element
+    counts.bytes_read += int(refined.sum()) * plane_key + int((exact_keys | special_keys).sum()) * row_key
     counts.bytes_read += int(middle_values.sum()) * plane_value
-    counts.bytes_read += int((exact_values | special_values).sum()) * value_dim * element
+    counts.bytes_read += int((exact_values | special_values).sum()) * row_value
     return result
 
 

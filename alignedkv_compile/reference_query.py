@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .layout import COARSE_STEP, CODE_RANGE, MIDDLE_STEP
-from .precision import TERM_RATIO
+from .precision import QUERY_TERMS, TERM_RATIO
 from .reference_head import INT8_MAX
 
 
@@ -15,18 +15,18 @@ from .reference_head import INT8_MAX
 class Int8Query:
     """Hadamard-mixed query rows ``[M, Dk]`` as ``step * (terms[0] + terms[1] / TERM_RATIO)``.
 
-    ``step`` is float32 ``[M, 1]``; ``terms`` are one or two tensors ``[M, Dk]`` of whole numbers in [-127, 127], in float32.
+    ``step`` is float32 ``[M, 1]``; ``terms`` are two tensors ``[M, Dk]`` of whole numbers in [-127, 127], in float32.
     """
 
     step: torch.Tensor
     terms: list[torch.Tensor]
 
     @classmethod
-    def rounded(cls, mixed: torch.Tensor, count: int) -> Int8Query:
-        """``mixed`` rounded to ``count`` terms; each but the first is what the one before has lost."""
+    def rounded(cls, mixed: torch.Tensor) -> Int8Query:
+        """``mixed`` rounded to terms, of which each but the first is what the one before has lost."""
         step = mixed.abs().amax(-1, keepdim=True) / INT8_MAX
         left, terms = torch.where(step > 0, mixed / step, 0.0), []
-        for _ in range(count):
+        for _ in range(QUERY_TERMS):
             terms.append(torch.round(left))
             left = (left - terms[-1]) * TERM_RATIO
         return cls(step, terms)

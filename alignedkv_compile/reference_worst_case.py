@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from .arena import ArenaViews, unpack_row_order, unpack_value_scale
-from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCORE_GROUP, padded_head_dim
+from .arena import ArenaViews, unpack_row_order, unpack_scales
+from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, SCORE_GROUP, padded_head_dim
 from .precision import NORM_RANGE, STREAM_FRACTION, TERM_RATIO
 from .reference_head import (
     HeadCall,
@@ -34,7 +34,6 @@ from .worst_case import (
     FINEST_BUDGET,
     LADDER,
     LARGEST_SCORE_BOUND,
-    QUERY_TERMS,
     REFINEMENTS,
     SHARES,
     SMALLEST_SCALE,
@@ -118,8 +117,7 @@ class _Rows:
         """Scores from the 4-bit plane; None when a scale, a norm or the query is not finite or out of range."""
         length, key_dim = call.key.shape[0], call.key.shape[-1]
         live = call.attended.any(0)
-        key_scale = views.key_scale[head, :length].double()
-        value_scale, value_norm = (x.double() for x in unpack_value_scale(views.value_scale[head, :length]))
+        key_scale, value_scale, value_norm = (x.double() for x in unpack_scales(views.scales[head, :length]))
         if not bool(torch.isfinite(torch.stack([key_scale, value_scale, value_norm])[:, live]).all()):
             return None
         scales = torch.stack([key_scale, value_scale])[:, live]
@@ -130,7 +128,7 @@ class _Rows:
         if not NORM_RANGE[0] <= rms <= NORM_RANGE[1]:
             return None
         mixed = hadamard(call.query)
-        query = Int8Query.rounded(mixed, QUERY_TERMS)
+        query = Int8Query.rounded(mixed)
         first, second = (term.double() * query.step.double() / TERM_RATIO**place for place, term in enumerate(query.terms))
         coded = first + second
         lost = (mixed.double() - coded).abs().sum(-1) + query_slack(key_dim) * mixed.double().norm(dim=-1)
@@ -332,7 +330,7 @@ def _count(
     skipped = torch.nn.functional.pad(skippable & ~kept, (0, -len(kept) % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1)
     key_mid, key_full = int(keys.middle.sum()), int((keys.bits == 16).sum())
     value_hi = int(kept.sum())
-    read = rows.score_groups * SCORE_GROUP * (plane_key + 8) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
+    read = rows.score_groups * SCORE_GROUP * (plane_key + SCALES_BYTES) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
     read += key_mid * plane_key + key_full * key.shape[-1] * key.element_size()
     counts.bytes_read += read + value_hi * plane_value + rows.value_bytes(value_bits, kept)
     counts.key_rows_mid += key_mid

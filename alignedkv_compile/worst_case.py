@@ -32,8 +32,8 @@ UNIT = sympy.Rational(1, 2**24)
 CODE_SLACK = sympy.Rational(1, 2**20)
 """Rounding of a code's own arithmetic in float32, in units of the row's scale: 1/32 of a 16-bit code."""
 
-NORM_SLACK = 1 + sympy.Rational(1, 2**8)
-"""V norms are stored rounded to bfloat16."""
+NORM_SLACK = 1 + sympy.Rational(1, 60)
+"""Norms of V rows are stored within 1/64; the rest is for the sums of squares in float32."""
 
 mixing_slack = (sympy.log(D_K, 2) + 1) * sympy.sqrt(D_K) * UNIT
 """Rounding of the Hadamard transform in float32, in units of the row's scale: each of ``log2 D_K`` stages and the last factor
@@ -120,9 +120,6 @@ LADDER = 14
 """Thresholds that are tried when rows are chosen, each half of the one before. The first is the limit on the sum of what the
 rows left cost. Where none is small enough it is the limit over the number of rows, which keeps to the limit whatever they
 hold."""
-
-QUERY_TERMS = 2
-"""int8 terms of the query, in every dtype: with one, ``r_1`` alone would exceed what 8 bits of K leave."""
 
 REFINEMENTS = 3
 """How often rows of K may be chosen anew after the weights have changed."""

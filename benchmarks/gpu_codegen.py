@@ -343,7 +343,7 @@ def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype) -> list
 def main(
     targets: Annotated[str, typer.Option(help="comma-separated, of " + ", ".join(DEVICES))] = ",".join(DEVICES),
     dims: Annotated[str, typer.Option(help="comma-separated head dimensions")] = "64,128,256",
-    dtype: Annotated[str, typer.Option(help="of query, K and V; all but bfloat16 score with two int8 terms")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="of query, K and V")] = "bfloat16",
     json_path: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Compile every generated kernel for GPUs that are not there."""

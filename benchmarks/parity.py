@@ -38,7 +38,7 @@ from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.precision import KAPPA
 from capture import DTYPES, capture
 
-TOLERANCES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+TOLERANCES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Text:
 def arena_header(key_dim: int, value_dim: int) -> str:
     """C++ that finds the sections of an arena of ``heads`` x ``capacity`` rows, and mixes K rows."""
     arena = ArenaLayout(Text("heads"), Text("capacity"), key_dim, value_dim)  # type: ignore[arg-type]
-    sections = ("key_scale", "value_scale", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
+    sections = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
     sizes = hadamard_blocks(key_dim)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return render(

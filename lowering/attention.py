@@ -81,7 +81,7 @@ class ReadAttention(Template):
             arena=arena_header(constants.key_dim, constants.value_dim),
             common=common,
             stream=render("stream.h.jinja", **shared),
-            read_planes=_read_planes(constants, shared, certified=certified) if has_planes else "",
+            read_planes=_read_planes(constants, shared, key.get_dtype().itemsize, certified=certified) if has_planes else "",
             definition=definition,
             aliases=aliases,
             has_planes=has_planes,
@@ -118,20 +118,20 @@ def mask_minimum(mask: ir.IRNode | None) -> float:
     return torch.finfo(mask.get_dtype()).min / 2
 
 
-def _read_planes(constants: Constants, shared: Mapping[str, object], *, certified: bool) -> str:
+def _read_planes(constants: Constants, shared: Mapping[str, object], element_size: int, *, certified: bool) -> str:
     """The read of one head's planes."""
     if not certified:
         return render(
             "aligned_read.h.jinja",
-            formulas=_formulas(constants),
-            query_terms=precision.query_terms(constants.unit_roundoff),
+            formulas=_formulas(constants, element_size),
+            query_terms=precision.QUERY_TERMS,
             term_ratio=precision.TERM_RATIO,
             **shared,
         )
     return render(
         "certified_read.h.jinja",
         formulas=_certified_formulas(constants),
-        query_terms=worst_case.QUERY_TERMS,
+        query_terms=precision.QUERY_TERMS,
         term_ratio=precision.TERM_RATIO,
         refinements=worst_case.REFINEMENTS,
         ladder=worst_case.LADDER,
@@ -188,21 +188,22 @@ def _certified_formulas(constants: Constants) -> str:
     )
 
 
-def _formulas(constants: Constants) -> str:
+def _formulas(constants: Constants, element_size: int) -> str:
     """The error model as C++ functions and constants."""
     value_coefficient = {bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)}
-    noise = precision.QUERY_NOISE[precision.query_terms(constants.unit_roundoff)]
+    arena = layout.ArenaLayout(1, 1, constants.key_dim, constants.value_dim)
+    middle_key, middle_value = precision.middle_ratios(arena, element_size)
     functions = [
         precision.print_cpp_function("error_budget", "budget", ("alpha", "R", "u")),
-        precision.print_cpp_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
+        precision.print_cpp_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n", "theta_4")),
         precision.print_cpp_function(
-            "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim, "c_q": noise}
+            "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim}
         ),
         precision.print_cpp_function("threshold", "threshold", ("B", "E", "N")),
         precision.print_cpp_function("remaining_budget", "remaining_budget", ("B", "left")),
         precision.print_cpp_vector_function("weight_error_factor", "weight_error_factor", ("x",)),
-        precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4, "c_q": noise}),
-        precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8, "c_q": noise}),
+        precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4}),
+        precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8}),
         precision.print_cpp_function(
             "predicted_bytes",
             "predicted_bytes",
@@ -210,6 +211,7 @@ def _formulas(constants: Constants) -> str:
         ),
         f"constexpr float VALUE_COEFFICIENT_4 = {value_coefficient[4]:.9e}f;",
         f"constexpr float VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
+        f"constexpr float KEY_MIDDLE_RATIO = {middle_key:.9e}f, VALUE_MIDDLE_RATIO = {middle_value:.9e}f;",
         *_option_constants(constants),
     ]
     return "\n".join(functions)

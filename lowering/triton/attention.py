@@ -18,7 +18,7 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 
 from ... import precision
-from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, ArenaLayout
+from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, ArenaLayout
 from .constants import head_constants, power_of_two
 from .kernel import Launch, contiguous, emit, scratch
 from .tuning import for_kernel, read_launches, splits
@@ -76,7 +76,7 @@ class Read:
         kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
         self.masked = kind > 0
         element = key.get_dtype()
-        terms = precision.query_terms(settings.unit_roundoff)
+        middle_key, middle_value = precision.middle_ratios(self.arena, element.itemsize)
         query_size = 2 * self.padded * int(str(head_constants(self.arena)["KHP"]))
         step = {bits: precision.evaluate("value_coefficient", b=bits, D=self.arena.value_dim) for bits in (4, 8)}
         self.constants: dict[str, object] = {
@@ -105,8 +105,11 @@ class Read:
             "FRACTION": float(precision.STREAM_FRACTION),
             "COARSE": COARSE_STEP / CODE_RANGE,
             "MIDDLE": MIDDLE_STEP / CODE_RANGE,
-            "VALUE_4": step[4],
+            "VALUE_4": step[4] * middle_value,
             "VALUE_8": step[8],
+            "KEY_MIDDLE_RATIO": middle_key,
+            "VALUE_MIDDLE_RATIO": middle_value,
+            "SCALES_BYTES": SCALES_BYTES,
             "PRECISION": "'ieee'" if _is_hip() else "'tf32'",
             "SHORT": element.itemsize == 2,
             "FULL_KEY": self.arena.key_dim * element.itemsize,
@@ -114,11 +117,9 @@ class Read:
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
-            "TERMS": terms,
             "TERM_RATIO": float(precision.TERM_RATIO),
-            "QUERY_NOISE": precision.QUERY_NOISE[terms],
             "SECOND_TERM": query_size + 4 * self.padded,
-            "HEAD_SIZE": terms * query_size + (3 + terms) * self.padded,
+            "HEAD_SIZE": precision.QUERY_TERMS * query_size + (3 + precision.QUERY_TERMS) * self.padded,
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
         self.sizes += [*key.get_stride()[:3], *value.get_stride()[:3]]
@@ -179,7 +180,7 @@ class Read:
         walked = {"SCORES": scores, **flags}
         parts = self.emit(
             "coarse",
-            {**planes, "VALUE": data["VALUE"], **walked, **statistics, **state, **counts, **self.spans},
+            {**head, **planes, "VALUE": data["VALUE"], **walked, **statistics, **state, **counts, **self.spans},
             ["FLAGS", "COUNTS"],
             self.floats(self.splits, m, dim),
         )

@@ -11,7 +11,7 @@ import jinja2
 from ... import layout, precision
 from ...layout import ArenaLayout
 
-SECTIONS = ("key_scale", "value_scale", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
+SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def _formulas() -> str:
     return "\n\n\n".join(
         [
             print_function("error_budget", "budget", ("R",), ("alpha", "u")),
-            print_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n")),
-            print_function("addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), ("D", "c_q")),
+            print_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n", "theta_4")),
+            print_function("addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), ("D",)),
             print_function("threshold", "threshold", ("B", "E", "N")),
             print_function("remaining_budget", "remaining_budget", ("B", "left")),
-            print_function("key_coefficient_4", "key_coefficient", ("q",), ("c_q",), values={"b": 4}),
-            print_function("key_coefficient_8", "key_coefficient", ("q",), ("c_q",), values={"b": 8}),
+            print_function("key_coefficient_4", "key_coefficient", ("q",), values={"b": 4}),
+            print_function("key_coefficient_8", "key_coefficient", ("q",), values={"b": 8}),
             print_function(
                 "predicted_bytes",
                 "predicted_bytes",

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from alignedkv_compile import arena, lowering, ops, precision
+from alignedkv_compile import arena, lowering, ops, precision, reference_query
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.lowering.isa import machine_isa
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.rebuild import post_grad_pass
 from alignedkv_compile.reference_head import hadamard
-from alignedkv_compile.reference_query import Int8Query
 
 SUM_ERROR = 2.0**-21
 """Relative error of a float32 attention over a few thousand rows, as a multiple of the rms of its addends: the summation-order
@@ -273,9 +272,8 @@ def assert_second_term(case: Case, result: Result, planes: torch.Tensor) -> None
     """The query's second int8 term is in the kernel's scores: leaving it out would move the output far more than the kernel
     differs from the reference. ``planes`` are the reference's."""
     expected = run_reference(case, planes).output.double()
-    rounded = Int8Query.rounded
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Int8Query, "rounded", lambda mixed, count: rounded(mixed, 1))
+        patch.setattr(reference_query, "QUERY_TERMS", 1)
         one_term = run_reference(case, planes).output
     assert relative_errors(result.output, expected).median() < 0.25 * relative_errors(one_term, expected).median()
 

@@ -48,7 +48,7 @@ def test_skip_threshold_bounds_the_sum_of_squares(rows: list[tuple[float, float]
     total = sum(p for p, _ in rows)
     rows = [(p / total, v) for p, v in rows]
     rms = math.sqrt(sum(v * v for _, v in rows) / len(rows))
-    tau = evaluate("skip_threshold", B=budget, P_v=sum(p * v for p, v in rows), n=rms, N=len(rows))
+    tau = evaluate("skip_threshold", theta_4=math.inf, B=budget, P_v=sum(p * v for p, v in rows), n=rms, N=len(rows))
     left = [p * max(v, rms) for p, v in rows if p * max(v, rms) <= tau]
     assert math.sqrt(sum(e * e for e in left)) <= budget * (1 + 1e-9)
 
@@ -64,14 +64,21 @@ def test_printed_cpp_has_the_formulas_of_python() -> None:
             continue
         text = print_cpp_function("f", name, arguments)
         body = text[text.index("return (float)(") + len("return (float)(") : text.rindex("); }")]
-        python = body.replace("std::max<double>(", "max(").replace("pow(", "math.pow(").replace("sqrt(", "math.sqrt(")
+        python = (
+            body.replace("std::max<double>(", "max(")
+            .replace("std::min<double>(", "min(")
+            .replace("pow(", "math.pow(")
+            .replace("sqrt(", "math.sqrt(")
+        )
         python = python.replace("math.math.", "math.")
-        assert eval(python, {"math": math, "max": max, **values}) == pytest.approx(evaluate(name, **values), rel=1e-12), name
+        assert eval(python, {"math": math, "max": max, "min": min, **values}) == pytest.approx(
+            evaluate(name, **values), rel=1e-12
+        ), name
 
 
 def test_generated_code_holds_every_formula() -> None:
     constants = Constants(64, 64, 1, 1, 0.125, 2.0, 2**-8, 0, None, 0)  # type: ignore[arg-type]
-    text = _formulas(constants)
+    text = _formulas(constants, 2)
     for name in EXPRESSIONS:
         assert name in text or name.upper() in text, name
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import COHERENT, SPECIALS, VALUES, Recipe, recipes, with_special
 
 from alignedkv_compile import ops
-from alignedkv_compile.layout import BLOCK_ROWS, arena_layout
+from alignedkv_compile.layout import BLOCK_ROWS, SCALES_BYTES, arena_layout
 
 EXACT_SCALES = tuple(kind for kind in VALUES if kind not in ("denormals", "tiny", "huge", "heavy tails", "one huge row"))
 """Values that a factor of 2^-3 to 2^3 neither overflows nor rounds in bfloat16."""
@@ -63,7 +63,7 @@ def test_a_larger_tolerance_reads_no_more(recipe: Recipe) -> None:
     counts = [run_reference(replace(case, tolerance=recipe.tolerance * factor), planes).counts for factor in (1.0, 2.0, 8.0)]
     read = [entry["bytes_read"] for entry in counts]
     width = arena_layout(case.key, case.value)
-    score_pass = width.heads * width.rows * (width.key_plane_row + width.value_plane_row + 8)
+    score_pass = width.heads * width.rows * (width.key_plane_row + width.value_plane_row + SCALES_BYTES)
     means = width.heads * width.blocks * width.block_record
     assert read[1] <= read[0] + score_pass + means
     assert read[2] <= read[1] + score_pass + means

@@ -22,7 +22,7 @@ NARROW_LOADS = {"score": 0, "stream": 0}
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Figures of each kernel for head dimension 128 on sm_90, with one int8 term of the query and with two. From a process
+    """Figures of each kernel for head dimension 128 on sm_90, for both dtypes. From a process
     of its own: the stand-in for CUDA undoes nothing."""
     path = tmp_path_factory.mktemp("codegen") / "figures.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

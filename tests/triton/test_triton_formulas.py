@@ -16,12 +16,12 @@ from alignedkv_compile.lowering.triton.shared import shared_functions
 
 ARGUMENTS = {
     "error_budget": ("budget", ("R",), {"alpha": 2.0, "u": 2.0**-8}),
-    "skip_threshold": ("skip_threshold", ("B", "N", "P_v", "n"), {}),
-    "addend_sum": ("addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": 80, "c_q": 2}),
+    "skip_threshold": ("skip_threshold", ("B", "N", "P_v", "n", "theta_4"), {}),
+    "addend_sum": ("addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": 80}),
     "threshold": ("threshold", ("B", "E", "N"), {}),
     "remaining_budget": ("remaining_budget", ("B", "left"), {}),
-    "key_coefficient_4": ("key_coefficient", ("q",), {"c_q": 2}),
-    "key_coefficient_8": ("key_coefficient", ("q",), {"c_q": 2}),
+    "key_coefficient_4": ("key_coefficient", ("q",), {}),
+    "key_coefficient_8": ("key_coefficient", ("q",), {}),
     "weight_error_factor": ("weight_error_factor", ("x",), {}),
     "predicted_bytes": (
         "predicted_bytes",

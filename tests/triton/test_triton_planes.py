@@ -44,7 +44,7 @@ def test_order_of_writes_changes_no_plane_and_never_a_wrong_sum(order: str) -> N
         source = index.clamp(0, rows - 1)
         write_triton(written, case.key[:, :, source], case.value[:, :, source], index, rows)
     whole = arena_views(to_row_order(expected, layout), layout)
-    for name in ("key_hi", "key_mid", "value_hi", "value_mid", "key_scale", "value_scale"):
+    for name in ("key_hi", "key_mid", "value_hi", "value_mid", "scales"):
         assert torch.equal(getattr(whole, name), getattr(views, name)), name
     totals = torch.stack([case.value[0, 0, :BLOCK_ROWS].float().sum(0), case.value[0, 0, BLOCK_ROWS:].float().sum(0)])
     usable = views.value_count[0] == torch.tensor([BLOCK_ROWS, 40])
