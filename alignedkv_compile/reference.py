@@ -6,6 +6,7 @@ file only in the order of floating-point sums, so a row that sits on a threshold
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ from .layout import (
     padded_head_dim,
     score_ordered,
 )
-from .precision import EXPRESSIONS, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
+from .precision import EXPRESSIONS, LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -344,7 +345,12 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
 
     # 3. K rows above the threshold: the middle plane, then the row itself
     middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
-    scores = torch.where(refined, scores + query.middle_scores(middle, key_scale, call.scale), scores)
+    counts.bytes_read += int(refined.sum()) * plane_key
+    counts.key_rows_mid += int(refined.sum())
+    coarse_scores, scores = scores, torch.where(refined, scores + query.middle_scores(middle, key_scale, call.scale), scores)
+    shift = (scores.logsumexp(-1) - coarse_scores.logsumexp(-1)).abs()
+    if bool((shift > math.log(LARGEST_SHIFT)).any()):
+        return None
     weights = masked_softmax(scores)
     for row in range(weights.shape[0]):
         errors = key_errors[row]
@@ -378,11 +384,10 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
 
     counts.rows += live_rows
     counts.bytes_full += full
-    counts.key_rows_mid += int(refined.sum())
     counts.key_rows_full += int((exact_keys | special_keys).sum())
     counts.value_rows_mid += int(middle_values.sum())
     counts.value_rows_full += int((exact_values | special_values).sum())
-    counts.bytes_read += int(refined.sum()) * plane_key + int((exact_keys | special_keys).sum()) * row_key
+    counts.bytes_read += int((exact_keys | special_keys).sum()) * row_key
     counts.bytes_read += int(middle_values.sum()) * plane_value
     counts.bytes_read += int((exact_values | special_values).sum()) * row_value
     return result

@@ -102,6 +102,7 @@ class Read:
             "MIN_CONTEXT": settings.min_context,
             "MIN_NORM": precision.NORM_RANGE[0],
             "MAX_NORM": precision.NORM_RANGE[1],
+            "LARGEST_SHIFT": float(precision.LARGEST_SHIFT),
             "FRACTION": float(precision.STREAM_FRACTION),
             "COARSE": COARSE_STEP / CODE_RANGE,
             "MIDDLE": MIDDLE_STEP / CODE_RANGE,
