@@ -31,6 +31,7 @@ a nibble of ``X + 32768``, so nibbles are unsigned everywhere.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,7 +74,7 @@ NORM_SHIFT = 18
 SMALLEST_NORM = 0.5
 """Norm over scale whose code is zero. A row's norm is at least 15/17 of its scale, and at most ``sqrt(MAX_HEAD_DIM)`` times it;
 the codes end at 126 times."""
-SMALLEST_NORM_BITS = 0x3F000000
+SMALLEST_NORM_BITS = int.from_bytes(struct.pack("<f", SMALLEST_NORM), "little")
 """The same as the bits of a float32."""
 
 

@@ -57,9 +57,8 @@ STREAM_FRACTION = sympy.Rational(9, 10)
 
 LARGEST_SHIFT = 8
 """Factor by which the middle planes of K may change the sum of a query row's weights. Beyond it the weights that chose the rows
-were wrong, by a row of large norm that 4 bits misread, and the cache is streamed. Chosen, not derived: in peaked attention the
-scores at 4 bits are off by up to e as a matter of course; a dominant row that was misread by more cost up to 3.5 alpha, and
-costs half an alpha with 2, 4 or 8."""
+were wrong, by a row of large norm that 4 bits misread, and the cache is streamed. Chosen, not derived: at 4 it would stream
+heads of peaked attention whose promise is kept anyway."""
 
 NORM_RANGE = (1e-15, 1e15)
 """When the rms norm of the V rows lies outside, squares of errors leave the range of float32, and the cache is streamed."""

@@ -144,7 +144,7 @@ def _option_constants(constants: Constants) -> list[str]:
     """The call's options, and the limits of both reads, as C++."""
     return [
         f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
-        f"constexpr float LARGEST_SHIFT = {precision.LARGEST_SHIFT}.f;",
+        f"constexpr float LARGEST_SHIFT = {float(precision.LARGEST_SHIFT)}f;",
         f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
         f"constexpr float MIN_NORM = {precision.NORM_RANGE[0]:.9e}f, MAX_NORM = {precision.NORM_RANGE[1]:.9e}f;",
         f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import added_error_in_rho, exact, run_reference, write_planes
+from cases import added_error_in_rho, exact, run_kernel, run_reference, write_planes
 from strategies import COHERENT, DTYPES, VALUES, Recipe
 
 from alignedkv_compile.demo.model import DemoUnavailableError, find_weights
@@ -29,11 +29,13 @@ def added(recipe: Recipe) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("peak", [0.3, 1.0, 3.0], ids=["flat", "mild", "peaked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "tolerance", [1.0, pytest.param(2.0, marks=pytest.mark.slow), pytest.param(4.0, marks=pytest.mark.slow)]
 )
-def test_added_error_is_within_tolerance(values: str, peak: float, tolerance: float) -> None:
-    recipe = Recipe(heads=1, group=2, rows=700, key_dim=64, value_dim=64, values=values, peak=peak, tolerance=tolerance)
+def test_added_error_is_within_tolerance(values: str, peak: float, dtype: torch.dtype, tolerance: float) -> None:
+    shape = {"heads": 1, "group": 2, "rows": 700, "key_dim": 64, "value_dim": 64}
+    recipe = Recipe(**shape, dtype=dtype, values=values, peak=peak, tolerance=tolerance)
     errors, _ = added(recipe)
     rms = float(errors.square().mean().sqrt())
     assert rms <= COHERENT.get(values, 1.0) * tolerance
@@ -65,6 +67,7 @@ def test_a_dominant_row_misread_at_4_bits_has_the_cache_streamed() -> None:
     result = run_reference(case, write_planes(case))
     assert 0 < result.counts["key_rows_mid"] < result.counts["key_rows_full"] == result.counts["rows"]
     assert float(added_error_in_rho(case, result.output).max()) < 0.1
+    assert run_kernel(case, write_planes(case)).counts == result.counts
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from cases import (
 )
 from hypothesis import given, target
 from hypothesis import strategies as st
+from strategies import Recipe
 from triton_cases import row_ordered_planes, run_triton
 from triton_interpreter import interpreted
 
@@ -94,6 +95,15 @@ def test_when_all_bits_are_read(reason: str) -> None:
     for name, count in expected.counts.items():
         assert name == "bytes_read" or result.counts[name] == count, name
     assert result.counts["bytes_read"] >= result.counts["bytes_full"]
+
+
+def test_a_dominant_row_misread_at_4_bits_has_the_cache_streamed() -> None:
+    """The other rows were chosen by weights 80 times too small. That all bits cost less was not predicted."""
+    shape = {"heads": 1, "group": 2, "rows": 700, "key_dim": 64, "value_dim": 64, "dtype": torch.float16, "peak": 3.0}
+    case = Recipe(**shape, values="dominant token", tolerance=1.0, seed=1).case()
+    result, expected = run_triton(case, row_ordered_planes(case)), run_reference(case, write_planes(case))
+    assert relative_errors(result.output, expected.output.double()).max() <= 8 * SUM_ERROR
+    assert 0 < expected.counts["key_rows_mid"] < result.counts["key_rows_full"] == expected.counts["key_rows_full"] == 700
 
 
 def masks(rows: int) -> dict[str, torch.Tensor]:
