@@ -14,6 +14,7 @@ key_hi         Dk'/2                  4-bit plane of K: on a CPU in *score order
 key_mid        Dk'/2                  4-bit plane of K in *row order*
 value_hi       Dv'/2                  4-bit plane of V in row order
 value_mid      Dv'/2                  4-bit plane of V in row order
+arrivals       (8 in all, per head)   two int32, zero between calls: how many programs of a GPU's kernels have finished the head
 =============  =====================  ==================================================================================
 
 ``D'`` is the head dimension padded to a multiple of 16 with zero codes. *Row order*: byte ``i`` of a row holds element ``i``
@@ -65,6 +66,8 @@ CODE_RANGE = 32768
 HEADROOM = 16.0 / 15.0
 """Scale head-room that keeps the dithered code inside int16."""
 
+ARRIVALS_BYTES = 8
+"""Bytes per (batch, head) of ``arrivals``."""
 SCALES_BYTES = 4
 """Bytes per row of ``scales``."""
 SCALE_SHIFT = 19
@@ -170,9 +173,13 @@ class ArenaLayout:
         return self.value_hi + _align(self.heads * self.rows * self.value_plane_row)
 
     @property
+    def arrivals(self) -> int:
+        return self.value_mid + _align(self.heads * self.rows * self.value_plane_row)
+
+    @property
     def total(self) -> int:
         """Bytes of the whole arena; the last section is followed by room for one vector load past its end."""
-        return self.value_mid + _align(self.heads * self.rows * self.value_plane_row) + ALIGNMENT
+        return self.arrivals + _align(self.heads * ARRIVALS_BYTES) + ALIGNMENT
 
 
 def arena_layout(key: torch.Tensor, value: torch.Tensor) -> ArenaLayout:

@@ -60,6 +60,10 @@ LARGEST_SHIFT = 8
 were wrong, by a row of large norm that 4 bits misread, and the cache is streamed. Chosen, not derived: at 4 it would stream
 heads of peaked attention whose promise is kept anyway."""
 
+LARGEST_NORM_RATIO = 2
+"""Factor by which the output may turn out smaller than the norm ``R`` that a GPU's kernels estimate before they read V, from block
+means; beyond it the thresholds were too large by more than that, and the cache is streamed."""
+
 NORM_RANGE = (1e-15, 1e15)
 """When the rms norm of the V rows lies outside, squares of errors leave the range of float32, and the cache is streamed."""
 

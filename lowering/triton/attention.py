@@ -1,18 +1,20 @@
-"""``aligned_read_attention`` as a chain of Triton kernels: score, coarse, thresholds, refine, exact, values, stream, combine.
+"""``aligned_read_attention`` as two Triton kernels, scan and finish; all bits as stream and combine.
 
-Each step of docs/policy.md that needs a sum over the whole context ends a kernel. What is decided there stays on the device:
-``STATE`` says per pair whether the cache is streamed instead, and kernels that have nothing to do return at once. So there is
-no synchronisation with the host, no size that depends on data, and every address is fixed, as CUDA graphs want it.
+``scan`` scores every attended row from the 4-bit plane of K and, by the last program of a (batch, KV head) pair, turns the sums
+over all weights into what every addend is held to. ``finish`` chooses rows by that, reads them and adds them up; the last
+program of a pair combines. Which program is last is counted in the arena. There is no synchronisation with the host, no size
+that depends on data, every address is fixed, as CUDA graphs want it, and no sum depends on the order in which programs ran.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
@@ -20,14 +22,22 @@ from torch.utils._sympy.functions import FloorDiv
 from ... import precision
 from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, ArenaLayout
 from .constants import head_constants, power_of_two
-from .kernel import Launch, contiguous, emit, scratch
-from .tuning import for_kernel, read_launches, splits
+from .kernel import contiguous, emit, scratch
+from .tuning import read_launches, splits
 
 STATISTIC_FIELDS = 9
-LIMIT_FIELDS = 10
-COUNTERS = 11
-SMALL = (Launch(0, 4, 1),)
-"""Launch of the kernels that do not walk the context."""
+LIMIT_FIELDS = 7
+COUNTERS = 10
+STEPS = 1024
+"""Steps of a stored score per power of two."""
+SCORE_LIMIT = 32767
+"""Largest stored score; one that is larger has the pair streamed."""
+PROHIBITED = -32768
+"""Stored score of a row that the query row does not attend to."""
+LARGEST_GROUP = 32
+"""Query rows of a KV head (group size times query length) up to which planes are read; more share the cache's own rows."""
+LARGEST_HEAD = 256
+"""Head dimension up to which planes are read."""
 EMULATED_PROCESSORS = 2
 """Multiprocessors that a CPU stands for when its Triton code is interpreted."""
 
@@ -69,18 +79,20 @@ class Read:
         self.pairs = sympy.sympify(batch * heads)
         group, queries = static(query_heads) // heads, static(queries)
         rows = group * queries
-        self.padded = max(16, power_of_two(rows))
-        self.generation = 0 if _is_hip() else _generation(self.device)
+        self.padded = max(4, power_of_two(rows))
+        if self.padded > LARGEST_GROUP or max(self.arena.key_dim, self.arena.value_dim) > LARGEST_HEAD:
+            self.inputs.pop("PLANES", None)
         self.splits = splits(V.graph.sizevars.optimization_hint(self.pairs), _processors(self.device))
+        self.blocks = FloorDiv(settings.length + (BLOCK_ROWS - 1), BLOCK_ROWS)
+        self.share = FloorDiv(self.blocks + (self.splits - 1), self.splits)
         mask = inputs.get("mask")
-        kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
-        self.masked = kind > 0
+        self.mask_kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
         element = key.get_dtype()
-        middle_key, middle_value = precision.middle_ratios(self.arena, element.itemsize)
-        query_size = 2 * self.padded * int(str(head_constants(self.arena)["KHP"]))
-        step = {bits: precision.evaluate("value_coefficient", b=bits, D=self.arena.value_dim) for bits in (4, 8)}
+        self.launches = read_launches(max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize)
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
+            **self.launches.tiles,
+            **_policy_constants(self.arena, element.itemsize),
             "HEADS": heads,
             "GROUP": group,
             "QUERIES": queries,
@@ -90,42 +102,30 @@ class Read:
             "SP": power_of_two(self.splits),
             "GRID_Y": self.splits,
             "BLOCK": BLOCK_ROWS,
-            "SCAN": 128,
-            "COLUMNS": min(64, power_of_two(self.arena.value_dim)) if self.arena.value_dim > 16 else 16,
-            "HAS_MASK": kind,
-            "HAS_STATE": False,
+            "SCAN": 1024,
+            "COLUMNS": min(64, power_of_two(self.arena.value_dim)),
+            "HAS_MASK": self.mask_kind,
+            "MASK_SHARED": queries == 1 and mask is not None and mask_strides[1] == 0,
+            "HAS_STATE": "PLANES" in self.inputs,
             "FLOOR": mask_floor,
             "SCALE": settings.scale,
             "ABS_SCALE": abs(settings.scale),
             "ALPHA": settings.tolerance,
             "ROUNDOFF": settings.unit_roundoff,
-            "MIN_CONTEXT": settings.min_context,
-            "MIN_NORM": precision.NORM_RANGE[0],
-            "MAX_NORM": precision.NORM_RANGE[1],
-            "LARGEST_SHIFT": float(precision.LARGEST_SHIFT),
-            "FRACTION": float(precision.STREAM_FRACTION),
-            "COARSE": COARSE_STEP / CODE_RANGE,
-            "MIDDLE": MIDDLE_STEP / CODE_RANGE,
-            "VALUE_4": step[4] * middle_value,
-            "VALUE_8": step[8],
-            "KEY_MIDDLE_RATIO": middle_key,
-            "VALUE_MIDDLE_RATIO": middle_value,
-            "SCALES_BYTES": SCALES_BYTES,
-            "PRECISION": "'ieee'" if _is_hip() else "'tf32'",
-            "SHORT": element.itemsize == 2,
+            "MIN_CONTEXT": max(settings.min_context, 1),
+            "PRECISION": "'ieee'" if _is_hip() else "'tf32x3'",
+            "PACKED": device.type == "cuda" and not _is_hip(),
             "FULL_KEY": self.arena.key_dim * element.itemsize,
             "FULL_VALUE": self.arena.value_dim * element.itemsize,
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
-            "TERM_RATIO": float(precision.TERM_RATIO),
-            "SECOND_TERM": query_size + 4 * self.padded,
-            "HEAD_SIZE": precision.QUERY_TERMS * query_size + (3 + precision.QUERY_TERMS) * self.padded,
+            "STEPS": STEPS,
+            "SCORE_LIMIT": float(SCORE_LIMIT),
+            "PROHIBITED": PROHIBITED,
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
         self.sizes += [*key.get_stride()[:3], *value.get_stride()[:3]]
-        dim = max(self.arena.key_dim, self.arena.value_dim)
-        self.launches = read_launches(dim, self.padded, choose=bool(config.max_autotune))
 
     def emit(
         self,
@@ -133,126 +133,104 @@ class Read:
         inputs: Mapping[str, ir.IRNode],
         mutated: Sequence[str],
         output: ir.Layout,
-        launches: Sequence[Launch] | None = None,
         **constants: object,
     ) -> ir.TensorBox:
-        """One kernel; those that look at the mask get its spans, and itself where ``inputs`` names it."""
-        merged = {**self.constants, **constants}
-        return emit(
-            name, inputs, mutated, output, self.sizes, merged, launches or [for_kernel(name, self.launches[0], self.generation)]
-        )
+        """One kernel."""
+        return emit(name, inputs, mutated, output, self.sizes, {**self.constants, **constants}, [self.launches.of(name)])
 
     def floats(self, *size: object) -> ir.FixedLayout:
         """A fresh float32 buffer ``[pairs, *size]``."""
         return contiguous(self.device, torch.float32, self.pairs, *size)
 
-    def prepare(self) -> None:
-        """The query in int8, for planes, and the attended span."""
-        inputs = {"QUERY": self.inputs["QUERY"]}
-        self.spans: dict[str, ir.IRNode] = {}
-        if self.masked:
-            self.spans = {"SPANS": scratch(self.device, torch.int32, self.pairs, self.splits, 2 + self.padded)}
-            inputs |= self.with_mask()
-        aligned = "PLANES" in self.inputs
-        output = self.floats(self.constants["HEAD_SIZE"]) if aligned else contiguous(self.device, torch.int32, 1)
-        self.head = self.emit("prepare", inputs, list(self.spans), output, SMALL, NEEDS_QUERY=aligned)
+    def scratch(self, dtype: torch.dtype, *size: object) -> ir.IRNode:
+        """Memory ``[pairs, *size]`` that kernels write beside their output."""
+        return scratch(self.device, dtype, self.pairs, *size)
 
-    def with_mask(self) -> dict[str, ir.IRNode]:
-        return {**self.spans, "MASK": self.inputs["MASK"]} if self.masked else {}
-
-    def read_aligned(self) -> None:
-        """Steps 1 to 5 of docs/policy.md; ``STATE`` ends up 1 for the pairs that are to be streamed."""
-        rows = FloorDiv(self.settings.length + (BLOCK_ROWS - 1), BLOCK_ROWS) * BLOCK_ROWS
-        m, dim, device = self.constants["M"], self.arena.value_dim, self.device
-        data = {name: self.inputs[name] for name in ("PLANES", "QUERY", "KEY", "VALUE")}
-        flags = {"FLAGS": scratch(device, torch.uint8, self.pairs, rows)}
-        statistics = {"STATISTICS": scratch(device, torch.float32, self.pairs, self.splits, STATISTIC_FIELDS, self.padded)}
-        state = {"STATE": scratch(device, torch.int32, self.pairs)}
-        counts = {"COUNTS": scratch(device, torch.int32, self.pairs, self.splits, COUNTERS)}
-        planes, head = {"PLANES": data["PLANES"]}, {"HEAD": self.head}
-        exact_keys = {"QUERY": data["QUERY"], "KEY": data["KEY"]}
-
-        scores = self.emit(
-            "score",
-            {**head, **planes, **exact_keys, **flags, **statistics, **state, **self.with_mask()},
-            ["FLAGS", "STATISTICS", "STATE"],
-            self.floats(m, rows),
-        )
-        walked = {"SCORES": scores, **flags}
-        parts = self.emit(
-            "coarse",
-            {**head, **planes, "VALUE": data["VALUE"], **walked, **statistics, **state, **counts, **self.spans},
-            ["FLAGS", "COUNTS"],
-            self.floats(self.splits, m, dim),
-        )
-        limits = self.emit(
-            "thresholds",
-            {**head, "PARTS": parts, **statistics, **state},
-            ["STATE"],
-            self.floats(LIMIT_FIELDS, self.padded),
-            SMALL,
-            GRID_Y=1,
-        )
-        sums = self.emit(
-            "refine",
-            {**head, **planes, **walked, "LIMITS": limits, **state, **counts, **self.spans},
-            ["SCORES", "FLAGS", "COUNTS"],
-            self.floats(self.splits, 3, self.padded),
-        )
-        totals = self.emit(
-            "exact",
-            {**planes, **exact_keys, **walked, "LIMITS": limits, "SUMS": sums, **state, **counts, **self.with_mask()},
-            ["SCORES", "FLAGS", "LIMITS", "STATE", "COUNTS"],
-            self.floats(self.splits, self.padded),
-        )
-        values = self.emit(
-            "values",
-            {**planes, "VALUE": data["VALUE"], **walked, "LIMITS": limits, "TOTALS": totals, **state, **counts, **self.spans},
-            ["COUNTS"],
-            self.floats(self.splits, m, dim),
-        )
-        self.aligned: dict[str, ir.IRNode] = {"PARTS": values, "TOTALS": totals, **state}
-        self.state, self.counts = state, counts
+    def mask(self) -> dict[str, ir.IRNode]:
+        """The mask, behind what is known of a floating one."""
+        if not self.mask_kind:
+            return {}
+        lenient = {}
+        if self.mask_kind == 2:
+            output = contiguous(self.device, torch.int32, self.pairs, self.padded)
+            lenient = {"LENIENT": self.emit("lenient", {"MASK": self.inputs["MASK"]}, [], output, GRID_Y=1)}
+        return {**lenient, "MASK": self.inputs["MASK"]}
 
     def read(self, output: ir.Layout) -> ir.TensorBox:
         """The whole call."""
-        self.aligned, self.state, self.counts, self.spans = {}, {}, {}, {}
-        aligned = "PLANES" in self.inputs
-        if aligned or self.masked:
-            self.prepare()
-        if aligned:
-            self.read_aligned()
-        self.tops = scratch(self.device, torch.float32, self.pairs, self.splits, 3, self.padded)
+        return self.read_aligned(output) if "PLANES" in self.inputs else self.stream(output)
+
+    def read_aligned(self, output: ir.Layout) -> ir.TensorBox:
+        """Steps 1 to 5 of docs/policy.md."""
+        padded, dim, splits = self.padded, self.arena.value_dim, self.splits
+        query, planes, mask = {"QUERY": self.inputs["QUERY"]}, {"PLANES": self.inputs["PLANES"]}, self.mask()
+        scores = {
+            "SCORES": self.scratch(torch.int16, self.blocks, BLOCK_ROWS, padded),
+            "SEEN": self.scratch(torch.uint8, self.blocks),
+        }
+        statistics = {"STATISTICS": self.scratch(torch.float32, splits, STATISTIC_FIELDS, padded)}
+        sums = {
+            "MASSES": self.scratch(torch.float32, splits, self.share, padded),
+            **statistics,
+            "COHERENT": self.scratch(torch.bfloat16, splits, padded, dim),
+        }
+        written = {**scores, **sums}
+        limits = self.emit("scan", {**query, **planes, **written, **mask}, ["PLANES", *written], self.floats(LIMIT_FIELDS, padded))
+        rows = self.share * BLOCK_ROWS
+        counts = {"COUNTS": self.scratch(torch.int32, splits, COUNTERS)}
+        written = {
+            "LIST": self.scratch(torch.int32, splits, rows),
+            "WEIGHTS": self.scratch(torch.float32, splits, rows, padded),
+            "CHOSEN": self.scratch(torch.int32, splits, 2, rows),
+            "PARTS": self.scratch(torch.float32, splits, padded, dim),
+            "TOPS": self.scratch(torch.float32, splits, 2, padded),
+            **counts,
+        }
+        read = {name: self.inputs[name] for name in ("KEY", "VALUE")}
+        inputs = {**query, **planes, **read, **scores, **statistics, "LIMITS": limits, **written, **mask}
+        self.counted = counts
+        return self.emit("finish", inputs, ["PLANES", *written], output)
+
+    def stream(self, output: ir.Layout) -> ir.TensorBox:
+        """Every bit."""
+        read = {"READ": self.scratch(torch.int32, self.splits)}
+        tops = {"TOPS": self.scratch(torch.float32, self.splits, 2, self.padded)}
         data = {name: self.inputs[name] for name in ("QUERY", "KEY", "VALUE")}
-        streamed = self.emit(
-            "stream",
-            {**data, "TOPS": self.tops, **self.state, **self.with_mask()},
-            ["TOPS"],
-            self.floats(self.splits, self.constants["M"], self.arena.value_dim),
-            self.launches,
-            HAS_STATE=aligned,
+        parts = self.emit(
+            "stream", {**data, **tops, **read, **self.mask()}, ["TOPS", "READ"], self.floats(self.splits, self.padded, self.arena.value_dim)
         )
+        self.counted = read
         chunks = -(-self.arena.value_dim // int(str(self.constants["COLUMNS"])))
-        inputs = {"STREAMED": streamed, "TOPS": self.tops, **self.aligned}
-        return self.emit("combine", inputs, [], output, SMALL, HAS_STATE=aligned, GRID_Y=chunks)
+        return self.emit("combine", {"PARTS": parts, **tops}, [], output, GRID_Y=chunks)
 
     def count(self, counters: ir.IRNode, site: int) -> None:
         """Add what was read to row ``site`` of ``counters``."""
-        aligned = "PLANES" in self.inputs
-        inputs = {"COUNTERS_OUT": counters, "TOPS": self.tops}
-        if aligned:
-            inputs |= {**self.counts, **self.state}
         dummy = contiguous(self.device, torch.int32, 1)
-        self.emit("count", inputs, ["COUNTERS_OUT"], dummy, SMALL, HAS_STATE=aligned, SITE=site)
+        self.emit("count", {"COUNTERS_OUT": counters, **self.counted}, ["COUNTERS_OUT"], dummy, SITE=site, SCAN=128)
+
+
+def _policy_constants(arena: ArenaLayout, element_size: int) -> dict[str, object]:
+    """Numbers of the error model."""
+    middle_key, middle_value = precision.middle_ratios(arena, element_size)
+    return {
+        "TERM_RATIO": precision.TERM_RATIO,
+        "MIN_NORM": precision.NORM_RANGE[0],
+        "MAX_NORM": precision.NORM_RANGE[1],
+        "LARGEST_SHIFT": math.log2(precision.LARGEST_SHIFT),
+        "LARGEST_NORM": float(precision.LARGEST_NORM_RATIO),
+        "FRACTION": float(precision.STREAM_FRACTION),
+        "COARSE": COARSE_STEP / CODE_RANGE,
+        "MIDDLE": MIDDLE_STEP / CODE_RANGE,
+        "VALUE_8": precision.evaluate("value_coefficient", b=8, D=arena.value_dim),
+        "KEY_MIDDLE_RATIO": middle_key,
+        "VALUE_MIDDLE_RATIO": middle_value,
+        "SCALES_BYTES": SCALES_BYTES,
+    }
 
 
 def _processors(device: torch.device) -> int:
     count = DeviceProperties.create(device).multi_processor_count
     return EMULATED_PROCESSORS if device.type == "cpu" or not count else count
-
-
-def _generation(device: torch.device) -> int:
-    return int(DeviceProperties.create(device).major or 0)
 
 
 def _is_hip() -> bool:

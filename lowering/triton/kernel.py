@@ -8,6 +8,7 @@ kernels follow the kernel in its source.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def template(name: str) -> Template:
         layout=layout,
         kernel=name,
         counter_fields=len(ops.COUNTER_FIELDS),
+        log2e=math.log2(math.e),
         buffers=frozenset(part for part in known.split('"')[1::2]),
     )
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import jinja2
 from ... import layout, precision
 from ...layout import ArenaLayout
 
-SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
+LOG2E = math.log2(math.e)
+SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "arrivals")
 
 
 @dataclass(frozen=True)
@@ -85,4 +87,4 @@ def shared_functions() -> str:
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined)
     text = environment.get_template("functions.py.jinja")
-    return text.render(layout=layout, formulas=_formulas(), sections=_section_functions())
+    return text.render(layout=layout, log2e=LOG2E, formulas=_formulas(), sections=_section_functions())

@@ -1,54 +1,56 @@
-"""How the kernels are divided up: one small table. No GPU has timed any of it: the entries are chosen so that nothing
-spills on the five targets that ``make gpu-codegen`` compiles for, and ``max-autotune`` may measure the alternatives."""
+"""How the kernels are divided up: one small table, from measurements on an H200 (docs/gpu.md)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .kernel import Launch
 
-READ: dict[tuple[int, int], tuple[Launch, ...]] = {
-    # (head dimension up to, query rows of a KV head up to): the default first, then what max-autotune also tries
-    (64, 16): (Launch(64, 4, 2), Launch(128, 4, 2), Launch(64, 2, 3)),
-    (128, 16): (Launch(32, 4, 2), Launch(64, 4, 2), Launch(64, 8, 2)),
-    (256, 16): (Launch(32, 8, 2), Launch(16, 4, 2)),
-    (512, 16): (Launch(16, 8, 1),),
-    (128, 64): (Launch(32, 8, 2), Launch(64, 8, 2)),
-    (512, 64): (Launch(16, 8, 1),),
-    (512, 1 << 20): (Launch(16, 16, 1),),
-}
-"""Rows at once, warps, stages of the kernels that walk the context."""
 
-HALF_ROWS = {
-    (8, "coarse"): 4,
-    (8, "values"): 4,
-    (10, "score"): 8,
-    (10, "coarse"): 4,
-    (12, "score"): 8,
-    (12, "coarse"): 4,
-}
-"""Device generation (major compute capability) and kernel: with so many warps or fewer it takes half of the table's rows, since
-ptxas spills 8 to 48 bytes otherwise. ``exact``, which holds whole rows of K, does so everywhere."""
+@dataclass(frozen=True)
+class ReadLaunches:
+    """Launches of the kernels of a read, and the tile sizes inside them.
+
+    Attributes:
+        scan, finish, stream: how each is divided up; ``finish.rows`` and ``stream.rows`` are cache rows that are streamed at once.
+        tiles: CHUNK blocks chosen from at once; KEYS, EXACT, VALUES rows gathered at once; PART programs' parts combined at once;
+            stages of the loops of scan and stream.
+    """
+
+    scan: Launch
+    finish: Launch
+    stream: Launch
+    tiles: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, kernel: str) -> Launch:
+        """The launch of one kernel."""
+        return {"scan": self.scan, "finish": self.finish, "stream": self.stream}.get(kernel, Launch(0, 4, 1))
+
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that a multiprocessor should have in flight, as far as the context can be split."""
 MAX_SPLITS = 64
 
 
-def read_launches(dim: int, query_rows: int, *, choose: bool) -> tuple[Launch, ...]:
-    """Launches for heads of ``dim`` and ``query_rows`` padded query rows per KV head; only the default unless ``choose``."""
-    for (largest, rows), launches in READ.items():
-        if dim <= largest and query_rows <= rows:
-            return launches if choose else launches[:1]
-    raise AssertionError(f"no launch for head dimension {dim}")
-
-
-def for_kernel(name: str, launch: Launch, generation: int) -> Launch:
-    """The launch of one kernel of the aligned read on a device generation (major compute capability; 0 for others)."""
-    if launch.warps <= HALF_ROWS.get((generation, name), 0) or name == "exact":
-        return replace(launch, rows=max(16, launch.rows // 2))
-    return launch
+def read_launches(dim: int, query_rows: int, element_size: int) -> ReadLaunches:
+    """Launches for heads of ``dim``, ``query_rows`` padded query rows per KV head, and a cache of ``element_size`` bytes a number."""
+    wide = dim > 128 or query_rows > 8 or element_size > 2
+    rows = 32 if wide else 64
+    if dim > 256 or query_rows > 32:
+        rows = 16
+    warps = 4 if query_rows <= 16 and dim <= 256 else 8
+    tiles = {
+        "CHUNK": 4 if query_rows <= 8 else 1,
+        "KEYS": 64 if not wide else 32,
+        "EXACT": 32 if not wide else 16,
+        "VALUES": 64 if not wide else 32,
+        "PART": max(1, 64 // query_rows),
+        "STAGES_OF_SCAN": 3,
+        "STREAM_STAGES": 3 if not wide else 2,
+    }
+    return ReadLaunches(Launch(0, warps, 3), Launch(rows, warps, 1), Launch(rows, warps, 3), tiles)
 
 
 def write_launch(key_dim: int, value_dim: int) -> Launch:
