@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import library
 
@@ -39,7 +38,7 @@ from .layout import (
     padded_head_dim,
     score_ordered,
 )
-from .precision import EXPRESSIONS, LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
+from .precision import LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -53,6 +52,7 @@ from .reference_head import (
     masked_softmax,
     read_full,
     skipped_output,
+    weight_error,
 )
 from .reference_query import Int8Query
 from .reference_worst_case import read_certified
@@ -319,7 +319,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     theta = column(thresholds)
     plane_key, plane_value = padded_head_dim(key_dim) // 2, padded_head_dim(value_dim) // 2
     row_key, row_value = (dimension * call.key.element_size() for dimension in (key_dim, value_dim))
-    key_errors = weights * spread * _weight_error(finite_key * column(key_4))
+    key_errors = weights * spread * weight_error(finite_key * column(key_4))
     refined = (key_errors * middle_key > theta).any(0) & ~special_keys
     full_guess = refined & (key_addend * column(key_8) > theta).any(0)
     predicted = evaluate(
@@ -391,11 +391,3 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     counts.bytes_read += int(middle_values.sum()) * plane_value
     counts.bytes_read += int((exact_values | special_values).sum()) * row_value
     return result
-
-
-def _weight_error(sigma: torch.Tensor) -> torch.Tensor:
-    """rms error of a weight over the weight, from the rms error ``sigma`` of its score, elementwise."""
-    return sigma * torch.sqrt(_weight_error_factor(sigma.square()))
-
-
-_weight_error_factor = sympy.lambdify(sympy.Symbol("x", positive=True), EXPRESSIONS["weight_error_factor"], "math")

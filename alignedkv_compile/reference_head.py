@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from . import ops
 from .arena import ArenaViews, unpack_row_order, unpack_score_order
 from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, DITHER_MULTIPLIER, hadamard_blocks, score_ordered
+from .precision import EXPRESSIONS
 
 INT8_MAX = 127
 """Largest int8 of the score pass's query."""
@@ -157,3 +159,11 @@ def skipped_output(weights: torch.Tensor, kept: torch.Tensor, means: torch.Tenso
     blocks = means.shape[0]
     skipped = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - skipped.shape[-1]))
     return skipped.view(-1, blocks, BLOCK_ROWS).sum(-1) @ means
+
+
+def weight_error(sigma: torch.Tensor) -> torch.Tensor:
+    """rms error of a weight over the weight, from the rms error ``sigma`` of its score, elementwise."""
+    return sigma * torch.sqrt(_weight_error_factor(sigma.square()))
+
+
+_weight_error_factor = sympy.lambdify(sympy.Symbol("x", positive=True), EXPRESSIONS["weight_error_factor"], "math")

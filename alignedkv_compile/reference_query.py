@@ -38,6 +38,7 @@ class Int8Query:
             dots = dots + (term @ high.T + term.sum(-1, keepdim=True) * (-7.5 - offset)) / TERM_RATIO**place
         return dots * (self.step * scale * COARSE_STEP / CODE_RANGE) * key_scale
 
-    def middle_scores(self, middle: torch.Tensor, key_scale: torch.Tensor, scale: float) -> torch.Tensor:
-        """What the nibbles of the middle plane add to them, by the first term only."""
-        return (self.terms[0] * self.step) @ (middle - 7.5).T * (scale * MIDDLE_STEP / CODE_RANGE) * key_scale
+    def middle_scores(self, middle: torch.Tensor, key_scale: torch.Tensor, scale: float, terms: int = 1) -> torch.Tensor:
+        """What the nibbles of the middle plane add to them, by the first ``terms`` terms."""
+        query = sum(term / TERM_RATIO**place for place, term in enumerate(self.terms[:terms]))
+        return (query * self.step) @ (middle - 7.5).T * (scale * MIDDLE_STEP / CODE_RANGE) * key_scale

@@ -18,7 +18,7 @@ from alignedkv_compile import formula_page, precision, reference_worst_case, wor
 from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.lowering.attention import Constants, _certified_formulas, _formulas
 from alignedkv_compile.precision import EXPRESSIONS, evaluate
-from alignedkv_compile.reference import _weight_error
+from alignedkv_compile.reference_head import weight_error
 from alignedkv_compile.worst_case import WORST_CASE
 
 POINTS = 25
@@ -76,7 +76,7 @@ def test_certified_reference_evaluates_the_expression(name: str) -> None:
 def test_reference_weight_error_is_the_expression() -> None:
     sigma = torch.linspace(0.01, 2.0, 40)
     expected = [s * math.sqrt(sympy_value(EXPRESSIONS["weight_error_factor"], {"x": s * s})) for s in sigma.tolist()]
-    torch.testing.assert_close(_weight_error(sigma), torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(weight_error(sigma), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 CONSTANTS = Constants(64, 96, 1, 1, 0.125, 2.0, 2**-8, 0, None, 0)  # type: ignore[arg-type]

@@ -1,0 +1,315 @@
+"""The read in the order of steps of a GPU, in eager torch: what ``scan`` and ``finish`` compute (docs/gpu.md).
+
+It differs from :mod:`alignedkv_compile.reference` in when things are known, not in what they are held to. Every threshold follows
+from one pass over the 4-bit plane of K: ``R``, which the other order takes from 4-bit rows of V, is estimated from the means of V
+over blocks. The estimate is checked against the output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .arena import ArenaViews, arena_views, unpack_row_order, unpack_scales
+from .layout import BLOCK_ROWS, CODE_RANGE, MIDDLE_STEP, PLANES_VALID, SCALES_BYTES, ArenaLayout, arena_layout
+from .precision import LARGEST_NORM_RATIO, LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
+from .reference_head import (
+    HeadCall,
+    ReadCounts,
+    block_means,
+    dequantize,
+    dither,
+    group_bias,
+    hadamard,
+    key_nibbles,
+    masked_scores,
+    read_full,
+    weight_error,
+)
+from .reference_query import Int8Query
+
+STEPS = 1024
+"""Steps of a stored score per power of two: a stored score is off by at most 1 / 2048 of a power of two, a weight by 0.034 %."""
+
+LARGEST_STEP = 32767
+"""Largest stored score, 32 powers of two above a program's reference; a pair that has a larger one is streamed."""
+
+SMALLEST_TOP = -16
+"""Where the largest score of a query row is further below a program's reference, in powers of two, its pair is streamed."""
+
+
+@dataclass
+class ScanCounts(ReadCounts):
+    """What was read, and how often the order of steps had to give up: pairs streamed because no plane says enough (stale, special
+    numbers, short spans), programs that streamed their share because its read would save nothing, pairs streamed because refinement
+    has shown the thresholds wrong. Candidates are rows that are chosen from the 4-bit plane."""
+
+    pairs: int = 0
+    pairs_unread: int = 0
+    shares_streamed: int = 0
+    pairs_misjudged: int = 0
+    candidates: int = 0
+    largest_norm_ratio: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pair's addends are held to; float32 ``[M]`` each, but for ``rms``."""
+
+    log2_total: torch.Tensor
+    radius: torch.Tensor
+    theta: torch.Tensor
+    tau: torch.Tensor
+    key_4: torch.Tensor
+    rms: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One pair's planes as numbers, over its ``T`` rows, and which of them may be answered for by a block's mean."""
+
+    key_scale: torch.Tensor
+    value_scale: torch.Tensor
+    norm: torch.Tensor
+    offset: torch.Tensor
+    live: torch.Tensor
+    skippable: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def of(cls, call: HeadCall, views: ArenaViews, head: int) -> Rows:
+        length = call.key.shape[0]
+        key_scale, value_scale, norm = unpack_scales(views.scales[head, :length])
+        skippable, means = block_means(call, views, head)
+        offset = dither(torch.arange(length, device=call.key.device))
+        return cls(key_scale, value_scale, norm, offset, call.attended.any(0), skippable, means)
+
+
+def read_scanned(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: int,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    *,
+    splits: int = 1,
+    counts: ScanCounts | None = None,
+) -> torch.Tensor:
+    """``aligned_read_attention`` in this order of steps.
+
+    Args:
+        splits: programs among which the blocks of a pair are dealt out.
+        counts: what was read is added here.
+    """
+    counts = ScanCounts() if counts is None else counts
+    batch, query_heads, query_rows, _ = query.shape
+    heads, value_dim = key.shape[1], value.shape[-1]
+    group = query_heads // heads
+    valid = int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
+    views = arena_views(planes, arena_layout(key, value))
+    output = query.new_empty(batch, query_heads, query_rows, value_dim)
+    for index in range(batch * heads):
+        b, h = divmod(index, heads)
+        selected = slice(h * group, (h + 1) * group)
+        bias, attended = group_bias(mask, b, selected, group, query_rows, length, query.device)
+        call = HeadCall(
+            query=query[b, selected].reshape(group * query_rows, -1).float(),
+            key=key[b, h, :length],
+            value=value[b, h, :length],
+            bias=bias,
+            attended=attended,
+            scale=scale,
+            tolerance=tolerance,
+            unit_roundoff=unit_roundoff,
+        )
+        live = attended.any(0).nonzero()
+        span = int(live[-1] - live[0]) + 1 if len(live) else 0
+        counts.pairs += 1
+        usable = valid and tolerance > 0 and span >= max(min_context, 1) and bool(torch.isfinite(call.query).all())
+        result = _read_pair(call, views, index, counts, splits) if usable else None
+        if result is None:
+            counts.pairs_unread += 1
+            result = read_full(call, counts)
+        output[b, selected] = result.view(group, query_rows, value_dim).to(output.dtype)
+    return output
+
+
+def _read_pair(call: HeadCall, views: ArenaViews, head: int, counts: ScanCounts, splits: int) -> torch.Tensor | None:
+    """One pair; None where its planes say too little."""
+    rows = Rows.of(call, views, head)
+    share = torch.arange(call.key.shape[0], device=call.key.device) // BLOCK_ROWS % splits
+    plane_key = views.key_mid.shape[-1]
+    record = 4 + 4 * call.value.shape[-1]
+    counts.bytes_read += int(rows.live.sum()) * (plane_key + SCALES_BYTES) + int(rows.skippable.sum()) // BLOCK_ROWS * record
+    if not bool(torch.isfinite(rows.key_scale + rows.value_scale)[rows.live].all()):
+        return None
+    scores = _scan(call, views, head, rows, share, splits)
+    limits = None if scores is None else _limits(call, rows, scores)
+    if scores is None or limits is None:
+        return None
+    output = _finish(call, views, head, rows, share, splits, scores, limits, counts)
+    if output is None:
+        counts.pairs_misjudged += 1
+        again = ReadCounts()
+        output = read_full(call, again)
+        counts.bytes_read += again.bytes_read
+        counts.key_rows_full += again.rows
+        counts.value_rows_full += again.rows
+    return output
+
+
+def _scan(
+    call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int
+) -> torch.Tensor | None:
+    """Scores ``[M, T]`` as powers of two, as they are stored; None where one does not fit its program's int16."""
+    key_dim, length = call.key.shape[-1], call.key.shape[0]
+    query = Int8Query.rounded(hadamard(call.query))
+    high = key_nibbles(views, head)[:length, :key_dim].float()
+    scores = query.coarse_scores(high, rows.offset, rows.key_scale, call.scale)
+    scores = masked_scores(call, scores) * math.log2(math.e)
+    for program in range(splits):
+        own = (share == program) & rows.live
+        if not bool(own.any()):
+            continue
+        first = int(own.nonzero()[0]) // BLOCK_ROWS
+        block = scores[:, first * BLOCK_ROWS : (first + 1) * BLOCK_ROWS]
+        reference = block.amax(-1, keepdim=True)
+        reference = torch.where(torch.isfinite(reference), reference, 0.0)
+        relative = scores[:, own] - reference
+        top = relative.amax(-1)
+        if bool(((top > LARGEST_STEP / STEPS) | ((top < SMALLEST_TOP) & (top > -math.inf))).any()):
+            return None
+        steps = torch.round(relative * STEPS).clamp_min(-LARGEST_STEP)
+        scores[:, own] = torch.where(relative == -math.inf, relative, steps / STEPS + reference)
+    return scores
+
+
+def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
+    """What the sums over all rows say; None where norms of V leave the range of squares."""
+    value_dim, live_rows = call.value.shape[-1], int(rows.live.sum())
+    norm, key_scale, value_scale = (torch.where(rows.live, of, 0.0) for of in (rows.norm, rows.key_scale, rows.value_scale))
+    rms = float((norm.square().sum() / live_rows).sqrt())
+    if not NORM_RANGE[0] <= rms <= NORM_RANGE[1]:
+        return None
+    log2_total = scores.mul(math.log(2)).logsumexp(-1) / math.log(2)
+    weights = torch.where(scores == -math.inf, 0.0, torch.exp2(scores - log2_total[:, None]))
+    weighted = weights * norm
+    blocks = rows.means.shape[0]
+    mass = torch.nn.functional.pad(weighted * rows.skippable, (0, blocks * BLOCK_ROWS - norm.shape[0]))
+    coherent = (mass.view(-1, blocks, BLOCK_ROWS).sum(-1) @ rows.means).norm(dim=-1) / rms
+    radius = torch.maximum(weighted.square().sum(-1).sqrt(), torch.where(torch.isfinite(coherent), coherent, 0.0))
+    query_norm = hadamard(call.query).norm(dim=-1) * abs(call.scale)
+    _, middle_value = middle_ratios(ArenaLayout(1, 1, call.key.shape[-1], value_dim), call.key.element_size())
+    common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms, "D": value_dim}
+    theta, tau, key_4 = [], [], []
+    for row, q in enumerate(query_norm.tolist()):
+        found = {
+            **common,
+            "q": q,
+            "R": float(radius[row]),
+            "P_v": float(weighted[row].sum()),
+            "P_sK": float(weights[row] @ key_scale),
+            "P_sKv": float(weighted[row] @ key_scale),
+            "P_sV": float(weights[row] @ value_scale),
+        }
+        allowed = evaluate("budget", **found)
+        theta.append(evaluate("threshold", B=allowed, E=max(evaluate("addend_sum", **found), 1e-30), **common))
+        tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / middle_value, **found))
+        key_4.append(evaluate("key_coefficient", b=4, q=q))
+    return Limits(log2_total, radius, *(torch.tensor(one, device=norm.device) for one in (theta, tau, key_4)), rms=rms)
+
+
+def _finish(
+    call: HeadCall,
+    views: ArenaViews,
+    head: int,
+    rows: Rows,
+    share: torch.Tensor,
+    splits: int,
+    scores: torch.Tensor,
+    limits: Limits,
+    counts: ScanCounts,
+) -> torch.Tensor | None:
+    """The rows that the limits ask for, and the sum; None where it turns out that the limits were wrong."""
+    length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
+    plane_key, plane_value = views.key_mid.shape[-1], views.value_mid.shape[-1]
+    row_key, row_value = (dim * call.key.element_size() for dim in (key_dim, value_dim))
+    middle_key, middle_value = middle_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
+    value_8 = evaluate("value_coefficient", b=8, D=value_dim)
+    theta, key_4 = limits.theta[:, None], limits.key_4[:, None]
+    weights = torch.exp2(scores - limits.log2_total[:, None])
+
+    # 1. the rows to be read, and block means for the others
+    spread = (rows.norm.square() + limits.radius[:, None].square()).sqrt()
+    errors = weights * spread * weight_error(rows.key_scale * key_4)
+    refined = (errors * middle_key > theta).any(0) & rows.live
+    skip_errors = weights * rows.norm.clamp_min(limits.rms)
+    kept = rows.live & (refined | ~rows.skippable | (skip_errors > limits.tau[:, None]).any(0))
+    value_errors = weights * rows.value_scale * value_8
+    full_key = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
+    predicted = refined * plane_key + full_key * row_key + kept * plane_value
+    predicted = predicted + (kept & (value_errors * 16 * middle_value > theta).any(0)) * plane_value
+    predicted = predicted + (kept & (value_errors > theta).any(0)) * row_value
+    alone = torch.zeros_like(rows.live)
+    for program in range(splits):
+        own = (share == program) & rows.live
+        full = int(own.sum()) * (row_key + row_value)
+        if float(predicted[own].sum()) > float(STREAM_FRACTION) * full:
+            counts.shares_streamed += 1
+            alone |= own
+    counts.candidates += int(kept.sum())
+    blocks = rows.means.shape[0]
+    skipped = (weights * ~(kept | alone) * rows.live).nan_to_num(0.0)
+    mass = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - length)).view(-1, blocks, BLOCK_ROWS).sum(-1)
+    counts.bytes_read += int((mass > 0).any(0).sum()) * (4 + 4 * value_dim)
+    refined, kept = refined & ~alone, kept & ~alone
+
+    # 2. four more bits of K; 3. the rows of K that deserve all
+    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
+    query = Int8Query.rounded(hadamard(call.query))
+    middle_scores = query.middle_scores(middle, rows.key_scale, call.scale, terms=2)
+    scores = torch.where(refined, scores + middle_scores * math.log2(math.e), scores)
+    weights = torch.exp2(scores - limits.log2_total[:, None])
+    exact = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
+    whole = exact | alone
+    keys = torch.where(whole[:, None], call.key.float(), 0.0)
+    scores = torch.where(whole, masked_scores(call, call.query @ keys.T * call.scale) * math.log2(math.e), scores)
+    weights = torch.where(scores == -math.inf, 0.0, torch.exp2(scores - limits.log2_total[:, None]))
+
+    # 4. rows of V
+    value_errors = weights * rows.value_scale * value_8
+    full = kept & (value_errors > theta).any(0)
+    finer = kept & ~full & (value_errors * 16 * middle_value > theta).any(0)
+    values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
+    nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
+    values = torch.where(finer[:, None], values + (nibbles - 7.5) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values)
+    values = torch.where((full | alone)[:, None], call.value.float(), values)
+    used = kept | alone
+    total = weights[:, used].sum(-1) + mass.sum(-1)
+    output = weights[:, used] @ values[used] + mass @ rows.means
+    output = output * torch.where(total > 0, 1 / total, 0.0)[:, None]
+
+    streamed = int(alone.sum())
+    counts.rows += int(rows.live.sum())
+    counts.bytes_full += int(rows.live.sum()) * (row_key + row_value)
+    counts.bytes_read += int(refined.sum()) * plane_key + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
+    counts.bytes_read += (int(exact.sum()) + streamed) * row_key + (int(full.sum()) + streamed) * row_value
+    counts.key_rows_mid += int(refined.sum())
+    counts.key_rows_full += int(exact.sum()) + streamed
+    counts.value_rows_hi += int(kept.sum())
+    counts.value_rows_mid += int((finer | full).sum())
+    counts.value_rows_full += int(full.sum()) + streamed
+
+    # 5. have the bits that were read shown the limits wrong?
+    norm = output.norm(dim=-1)
+    ratio = torch.where(norm > 0, limits.radius / norm, 0.0)
+    counts.largest_norm_ratio = max(counts.largest_norm_ratio, float(ratio.max()))
+    misjudged = (total.log2().abs() > math.log2(LARGEST_SHIFT)) | (norm * LARGEST_NORM_RATIO < limits.radius)
+    return None if bool((misjudged & torch.isfinite(norm)).any()) else output
