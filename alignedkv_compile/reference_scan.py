@@ -132,8 +132,9 @@ def read_scanned(
         live = attended.any(0).nonzero()
         span = int(live[-1] - live[0]) + 1 if len(live) else 0
         counts.pairs += 1
+        lenient = bias is not None and mask is not None and _absorbed(bias, attended, mask.dtype)
         usable = valid and tolerance > 0 and span >= max(min_context, 1) and bool(torch.isfinite(call.query).all())
-        result = _read_pair(call, views, index, counts, splits) if usable else None
+        result = _read_pair(call, views, index, counts, splits, lenient=lenient) if usable else None
         if result is None:
             counts.pairs_unread += 1
             result = read_full(call, counts)
@@ -141,14 +142,21 @@ def read_scanned(
     return output
 
 
-def _read_pair(call: HeadCall, views: ArenaViews, head: int, counts: ScanCounts, splits: int) -> torch.Tensor | None:
+def _absorbed(bias: torch.Tensor, attended: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a query row attends only to rows whose bias is a prohibition, which absorbs scores."""
+    return bool(((bias <= torch.finfo(dtype).min / 2) & attended).any())
+
+
+def _read_pair(
+    call: HeadCall, views: ArenaViews, head: int, counts: ScanCounts, splits: int, *, lenient: bool
+) -> torch.Tensor | None:
     """One pair; None where its planes say too little."""
     rows = Rows.of(call, views, head)
     share = torch.arange(call.key.shape[0], device=call.key.device) // BLOCK_ROWS % splits
     plane_key = views.key_mid.shape[-1]
     record = 4 + 4 * call.value.shape[-1]
     counts.bytes_read += int(rows.live.sum()) * (plane_key + SCALES_BYTES) + int(rows.skippable.sum()) // BLOCK_ROWS * record
-    if not bool(torch.isfinite(rows.key_scale + rows.value_scale)[rows.live].all()):
+    if lenient or not bool(torch.isfinite(rows.key_scale + rows.value_scale)[rows.live].all()):
         return None
     scores = _scan(call, views, head, rows, share, splits)
     limits = None if scores is None else _limits(call, rows, scores)
@@ -165,9 +173,7 @@ def _read_pair(call: HeadCall, views: ArenaViews, head: int, counts: ScanCounts,
     return output
 
 
-def _scan(
-    call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int
-) -> torch.Tensor | None:
+def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int) -> torch.Tensor | None:
     """Scores ``[M, T]`` as powers of two, as they are stored; None where one does not fit its program's int16."""
     key_dim, length = call.key.shape[-1], call.key.shape[0]
     query = Int8Query.rounded(hadamard(call.query))
@@ -289,7 +295,9 @@ def _finish(
     finer = kept & ~full & (value_errors * 16 * middle_value > theta).any(0)
     values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
     nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
-    values = torch.where(finer[:, None], values + (nibbles - 7.5) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values)
+    values = torch.where(
+        finer[:, None], values + (nibbles - 7.5) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values
+    )
     values = torch.where((full | alone)[:, None], call.value.float(), values)
     used = kept | alone
     total = weights[:, used].sum(-1) + mass.sum(-1)
@@ -299,7 +307,9 @@ def _finish(
     streamed = int(alone.sum())
     counts.rows += int(rows.live.sum())
     counts.bytes_full += int(rows.live.sum()) * (row_key + row_value)
-    counts.bytes_read += int(refined.sum()) * plane_key + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
+    counts.bytes_read += (
+        int(refined.sum()) * plane_key + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
+    )
     counts.bytes_read += (int(exact.sum()) + streamed) * row_key + (int(full.sum()) + streamed) * row_value
     counts.key_rows_mid += int(refined.sum())
     counts.key_rows_full += int(exact.sum()) + streamed

@@ -152,7 +152,7 @@ class Read:
             return {}
         lenient = {}
         if self.mask_kind == 2:
-            output = contiguous(self.device, torch.int32, self.pairs, self.padded)
+            output = contiguous(self.device, torch.float32, self.pairs, self.padded)
             lenient = {"LENIENT": self.emit("lenient", {"MASK": self.inputs["MASK"]}, [], output, GRID_Y=1)}
         return {**lenient, "MASK": self.inputs["MASK"]}
 

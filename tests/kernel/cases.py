@@ -268,13 +268,13 @@ def added_error_in_rho(case: Case, output: torch.Tensor) -> torch.Tensor:
     return relative_errors(output, exact(case)) / (KAPPA * case.roundoff)
 
 
-def assert_second_term(case: Case, result: Result, planes: torch.Tensor) -> None:
+def assert_second_term(result: Result, run: Callable[[], Result]) -> None:
     """The query's second int8 term is in the kernel's scores: leaving it out would move the output far more than the kernel
-    differs from the reference. ``planes`` are the reference's."""
-    expected = run_reference(case, planes).output.double()
+    differs from its reference, which is ``run``."""
+    expected = run().output.double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference_query, "QUERY_TERMS", 1)
-        one_term = run_reference(case, planes).output
+        one_term = run().output
     assert relative_errors(result.output, expected).median() < 0.25 * relative_errors(one_term, expected).median()
 
 
