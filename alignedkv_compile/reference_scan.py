@@ -322,4 +322,4 @@ def _finish(
     ratio = torch.where(norm > 0, limits.radius / norm, 0.0)
     counts.largest_norm_ratio = max(counts.largest_norm_ratio, float(ratio.max()))
     misjudged = (total.log2().abs() > math.log2(LARGEST_SHIFT)) | (norm * LARGEST_NORM_RATIO < limits.radius)
-    return None if bool((misjudged & torch.isfinite(norm)).any()) else output
+    return None if bool((misjudged & (limits.radius > 0) & torch.isfinite(norm)).any()) else output

@@ -27,7 +27,7 @@ from .tuning import read_launches, splits
 
 STATISTIC_FIELDS = 9
 LIMIT_FIELDS = 7
-COUNTERS = 10
+COUNTERS = 9
 STEPS = 1024
 """Steps of a stored score per power of two."""
 SCORE_LIMIT = 32767
@@ -107,6 +107,7 @@ class Read:
             "HAS_MASK": self.mask_kind,
             "MASK_SHARED": queries == 1 and mask is not None and mask_strides[1] == 0,
             "HAS_STATE": "PLANES" in self.inputs,
+            "COUNTED": "PLANES" in self.inputs,
             "FLOOR": mask_floor,
             "SCALE": settings.scale,
             "ABS_SCALE": abs(settings.scale),
@@ -178,29 +179,34 @@ class Read:
         limits = self.emit("scan", {**query, **planes, **written, **mask}, ["PLANES", *written], self.floats(LIMIT_FIELDS, padded))
         rows = self.share * BLOCK_ROWS
         counts = {"COUNTS": self.scratch(torch.int32, splits, COUNTERS)}
-        written = {
+        lists = {
             "LIST": self.scratch(torch.int32, splits, rows),
             "WEIGHTS": self.scratch(torch.float32, splits, rows, padded),
             "CHOSEN": self.scratch(torch.int32, splits, 2, rows),
+        }
+        parts = {
             "PARTS": self.scratch(torch.float32, splits, padded, dim),
             "TOPS": self.scratch(torch.float32, splits, 2, padded),
+            "VERDICTS": self.scratch(torch.int32, 1 + splits),
             **counts,
         }
-        read = {name: self.inputs[name] for name in ("KEY", "VALUE")}
-        inputs = {**query, **planes, **read, **scores, **statistics, "LIMITS": limits, **written, **mask}
+        cache = {name: self.inputs[name] for name in ("KEY", "VALUE")}
+        inputs = {**query, **planes, **cache, **scores, **statistics, "LIMITS": limits, **lists, **parts, **mask}
+        result = self.emit("finish", inputs, ["PLANES", *lists, *parts], output)
+        inputs = {**query, **planes, **cache, **parts, "OUT": result, **mask}
+        self.emit("repair", inputs, ["PLANES", *parts, "OUT"], contiguous(self.device, torch.int32, 1))
         self.counted = counts
-        return self.emit("finish", inputs, ["PLANES", *written], output)
+        return result
 
     def stream(self, output: ir.Layout) -> ir.TensorBox:
         """Every bit."""
-        read = {"READ": self.scratch(torch.int32, self.splits)}
-        tops = {"TOPS": self.scratch(torch.float32, self.splits, 2, self.padded)}
+        splits, padded, dim = self.splits, self.padded, self.arena.value_dim
+        self.counted = {"READ": self.scratch(torch.int32, splits)}
+        tops = {"TOPS": self.scratch(torch.float32, splits, 2, padded)}
         data = {name: self.inputs[name] for name in ("QUERY", "KEY", "VALUE")}
-        parts = self.emit(
-            "stream", {**data, **tops, **read, **self.mask()}, ["TOPS", "READ"], self.floats(self.splits, self.padded, self.arena.value_dim)
-        )
-        self.counted = read
-        chunks = -(-self.arena.value_dim // int(str(self.constants["COLUMNS"])))
+        inputs = {**data, **tops, **self.counted, **self.mask()}
+        parts = self.emit("stream", inputs, ["TOPS", "READ"], self.floats(splits, padded, dim))
+        chunks = -(-dim // int(str(self.constants["COLUMNS"])))
         return self.emit("combine", {"PARTS": parts, **tops}, [], output, GRID_Y=chunks)
 
     def count(self, counters: ir.IRNode, site: int) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +77,11 @@ def template(name: str) -> Template:
     """The template ``templates/<name>.py.jinja`` with the shared setup and functions; Inductor knows it by
     ``alignedkv_<name>``."""
     text = (_TEMPLATES / f"{name}.py.jinja").read_text()
-    text = text.replace("{{setup}}", (_TEMPLATES / "setup.py.jinja").read_text())
+    for part in ("setup", "stream_share"):
+        included = (_TEMPLATES / f"{part}.py.jinja").read_text()
+        place = re.search(rf"^( *)\{{\{{{part}\}}\}}$", text, re.MULTILINE)
+        if place is not None:
+            text = text.replace(place[0], textwrap.indent(included.rstrip(), place[1]))
     made = Template(
         f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(), always_freeze_layout=True
     )

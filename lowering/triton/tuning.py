@@ -14,9 +14,9 @@ class ReadLaunches:
     """Launches of the kernels of a read, and the tile sizes inside them.
 
     Attributes:
-        scan, finish, stream: how each is divided up; ``finish.rows`` and ``stream.rows`` are cache rows that are streamed at once.
-        tiles: CHUNK blocks chosen from at once; KEYS, EXACT, VALUES rows gathered at once; PART programs' parts combined at once;
-            stages of the loops of scan and stream.
+        scan, finish, stream: how each is divided up; ``stream.rows`` are cache rows that are streamed at once.
+        tiles: CHUNK blocks chosen from at once; KEYS, EXACT, VALUES rows gathered at once; PART programs' parts combined at
+            once; stages of the loops of scan and stream.
     """
 
     scan: Launch
@@ -26,7 +26,8 @@ class ReadLaunches:
 
     def of(self, kernel: str) -> Launch:
         """The launch of one kernel."""
-        return {"scan": self.scan, "finish": self.finish, "stream": self.stream}.get(kernel, Launch(0, 4, 1))
+        launches = {"scan": self.scan, "finish": self.finish, "stream": self.stream, "repair": self.stream}
+        return launches.get(kernel, Launch(0, 4, 1))
 
 
 PROGRAMS_PER_PROCESSOR = 4
@@ -35,22 +36,23 @@ MAX_SPLITS = 64
 
 
 def read_launches(dim: int, query_rows: int, element_size: int) -> ReadLaunches:
-    """Launches for heads of ``dim``, ``query_rows`` padded query rows per KV head, and a cache of ``element_size`` bytes a number."""
+    """Launches for heads of ``dim``, ``query_rows`` padded query rows per KV head, and a cache of ``element_size`` bytes a
+    number. Tiles are as large as 128 registers allow (``make gpu-codegen``)."""
     wide = dim > 128 or query_rows > 8 or element_size > 2
     rows = 32 if wide else 64
     if dim > 256 or query_rows > 32:
         rows = 16
-    warps = 4 if query_rows <= 16 and dim <= 256 else 8
+    warps = 8 if dim > 128 or query_rows > 16 else 4
     tiles = {
-        "CHUNK": 4 if query_rows <= 8 else 1,
-        "KEYS": 64 if not wide else 32,
-        "EXACT": 32 if not wide else 16,
-        "VALUES": 64 if not wide else 32,
-        "PART": max(1, 64 // query_rows),
+        "CHUNK": 2 if query_rows <= 8 else 1,
+        "KEYS": 32,
+        "EXACT": 16,
+        "VALUES": 32,
+        "PART": 1 << (max(1, 4096 // (query_rows * dim)).bit_length() - 1),
         "STAGES_OF_SCAN": 3,
         "STREAM_STAGES": 3 if not wide else 2,
     }
-    return ReadLaunches(Launch(0, warps, 3), Launch(rows, warps, 1), Launch(rows, warps, 3), tiles)
+    return ReadLaunches(Launch(0, warps, 3), Launch(0, warps, 1), Launch(rows, warps, 3), tiles)
 
 
 def write_launch(key_dim: int, value_dim: int) -> Launch:
