@@ -19,6 +19,10 @@ from .runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+GROWING_CACHE = (
+    "no CUDA graph: a DynamicCache has another length at every token, and each would be recorded anew (use a StaticCache)"
+)
+
 
 def alignedkv(
     gm: torch.fx.GraphModule,
@@ -73,9 +77,12 @@ def _compile_rewritten(
         return torch_private.compile_graph(gm, example_inputs, options.inductor_patches())
     log_rewritten(graph_report.name, rewritten.module)
     lowering.register()
-    compiled = torch_private.compile_graph(
-        rewritten.module, rewritten.example_inputs, options.inductor_patches(), post_grad_pass(options)
-    )
+    patches = options.inductor_patches()
+    if rewritten.append and options.cuda_graphs:
+        patches[torch_private.CUDA_GRAPHS] = False
+        graph_report.declined_cuda_graphs = GROWING_CACHE
+        _log.info("%s: %s", graph_report.name, GROWING_CACHE)
+    compiled = torch_private.compile_graph(rewritten.module, rewritten.example_inputs, patches, post_grad_pass(options))
     return Runtime(compiled, rewritten, options, graph_report)
 
 

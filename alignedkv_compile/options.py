@@ -70,6 +70,11 @@ class Options:
         """Whether every read must stay within a bound that holds for every input."""
         return self.guarantee == "worst_case"
 
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether ``mode`` or ``inductor`` asks for CUDA graphs."""
+        return torch_private.asks_for_cuda_graphs(self.inductor_patches())
+
     def inductor_patches(self) -> dict[str, object]:
         """Entries of Inductor's config to set while compiling: those of ``mode``, then those of ``inductor``."""
         return {**torch_private.mode_patches(self.mode), **self.inductor}

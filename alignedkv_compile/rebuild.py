@@ -72,7 +72,8 @@ class PlaneBuilder:
                     return variant
             lowering.register()
             dynamic = ((0,), (2,), (2,), (0,)) if contiguous else ((), (), (), (0,))
-            variants.append(torch_private.compile_function(_write_rows, args, dynamic, {}, post_grad_pass("rebuild")))
+            patches = {torch_private.CUDA_GRAPHS: False}  # run once per cache, at addresses that change
+            variants.append(torch_private.compile_function(_write_rows, args, dynamic, patches, post_grad_pass("rebuild")))
             return variants[-1]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .passes.records import Outcome, SiteReport
@@ -24,12 +24,15 @@ class GraphReport:
         name: "graph 0", "graph 1", ... in the order of compilation, and the function that it was traced from.
         sites: one entry per attention call over a KV cache.
         fallback: why the whole graph went to stock Inductor after an internal error, or "".
+        declined_cuda_graphs: why the graph is not captured although CUDA graphs were asked for, or "". Inductor may find other
+            reasons, which it logs itself.
         notes: what happened at run time (planes left stale, and why), each with the number of times.
     """
 
     name: str
     sites: tuple[SiteReport, ...] = ()
     fallback: str = ""
+    declined_cuda_graphs: str = ""
     notes: dict[str, int] = field(default_factory=dict)
 
     def note(self, text: str) -> bool:
@@ -44,7 +47,13 @@ class GraphReport:
     def to_dict(self) -> dict[str, object]:
         """Plain data: strings, numbers, lists and dicts only."""
         sites = [{**asdict(site), "outcome": site.outcome.value, "cache": list(site.cache)} for site in self.sites]
-        return {"name": self.name, "sites": sites, "fallback": self.fallback, "notes": dict(self.notes)}
+        return {
+            "name": self.name,
+            "sites": sites,
+            "fallback": self.fallback,
+            "declined_cuda_graphs": self.declined_cuda_graphs,
+            "notes": dict(self.notes),
+        }
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,8 @@ def _details(graph: GraphReport) -> Iterator[tuple[str, str, str]]:
     """Lines below a graph as (mark, text, style): equal reasons share a line, since layers are mostly alike."""
     if graph.fallback:
         yield "!", graph.fallback, "red"
+    if graph.declined_cuda_graphs:
+        yield "!", graph.declined_cuda_graphs, "yellow"
     grouped: dict[tuple[Outcome, str, str], list[SiteReport]] = {}
     for site in graph.sites:
         grouped.setdefault((site.outcome, site.shape, site.reason), []).append(site)
@@ -157,7 +168,7 @@ class _Registry:
 
     def snapshot(self) -> tuple[GraphReport, ...]:
         with self._lock:
-            return tuple(GraphReport(graph.name, graph.sites, graph.fallback, dict(graph.notes)) for graph in self._graphs)
+            return tuple(replace(graph, notes=dict(graph.notes)) for graph in self._graphs)
 
     def clear(self) -> None:
         with self._lock:

@@ -202,6 +202,34 @@ def write_trace_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
+def mark_static_input(node: torch.fx.Node) -> None:
+    """Have CUDA graphs use a placeholder's tensor where it is, instead of copying it, and record anew when it has moved.
+
+    What ``torch._dynamo.mark_static_address(tensor)`` comes to in Dynamo's graph. The other kind, "guarded", would have Dynamo
+    guard on the address and compile again for each new one.
+    """
+    node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}
+
+
+def is_attribute(node: torch.fx.Node) -> bool:
+    """Whether Dynamo found a placeholder's tensor as an attribute of an object, and not as an argument of the call."""
+    from torch._dynamo.source import AttrSource  # where Dynamo read an input from
+
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None and not isinstance(source, AttrSource):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+CUDA_GRAPHS = "triton.cudagraphs"
+"""The entry of Inductor's config that ``mode="reduce-overhead"`` sets."""
+
+
+def asks_for_cuda_graphs(patches: Mapping[str, object]) -> bool:
+    """Whether Inductor captures what it compiles under ``patches``, as far as devices and graphs allow."""
+    return bool(patches.get(CUDA_GRAPHS, inductor_config.triton.cudagraphs))
+
+
 TRITON_DEVICES = ("cuda", "xpu")
 """Device types for which Inductor generates Triton; torch calls ROCm devices ``cuda`` too."""
 

@@ -18,6 +18,7 @@ from .records import RewrittenGraph
 from .replace_attention import AlignmentOptions
 from .rewrite import rewrite_pairs
 from .site_report import report_sites
+from .static_inputs import mark_written_caches
 from .verify import snapshot, verify_rewrite
 
 __all__ = ["rewrite_graph"]
@@ -46,6 +47,8 @@ def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options:
     pairing = pair_caches(findings, facts)
     report = report_sites(pairing)
     before = snapshot(module, pairing)
+    if options.cuda_graphs:
+        mark_written_caches(facts, pairing)
     rewriting = rewrite_pairs(module, pairing, options, sites=len(report))
     verify_rewrite(module, before, pairing, rewriting.editor, options)
     module.recompile()

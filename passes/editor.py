@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, Target, map_arg
 
-from alignedkv_compile.torch_private import FakeTensor, FakeTensorMode
+from alignedkv_compile.torch_private import FakeTensor, FakeTensorMode, mark_static_input
 
 from .nodes import example, operation
 
@@ -46,8 +46,7 @@ class GraphEditor:
             node = self.graph.placeholder(name)
         node.meta["example_value"] = value
         node._dynamo_source = None  # AOTAutograd insists on the attribute
-        # CUDA graphs take mutated inputs only where their addresses seldom change; "unguarded": a new one means recording anew
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        mark_static_input(node)
         self.added.append(node)
         return node
 

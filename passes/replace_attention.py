@@ -32,6 +32,9 @@ class AlignmentOptions(Protocol):
     @property
     def certified(self) -> bool: ...
 
+    @property
+    def cuda_graphs(self) -> bool: ...
+
     def unit_roundoff(self, dtype: torch.dtype) -> float: ...
 
 
