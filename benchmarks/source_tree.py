@@ -1,8 +1,8 @@
 """Importing this module makes ``alignedkv_compile`` the checkout that it lies in, installed or not.
 
-setuptools maps the top-level folders ``passes/`` and ``lowering/`` into the package (``[tool.setuptools.package-dir]``); a finder
-does the same here, from the same table. The checkout goes before any installed copy. The backend's name, which an installed
-package announces by an entry point, is registered by :func:`register_backend`.
+setuptools maps the top-level folders ``passes/`` and ``lowering/`` into the package (``[tool.setuptools.package-dir]``); here
+a finder does the same, from the same table. The checkout goes before any installed copy. The backend's name, which an
+installed package announces by an entry point, is registered by :func:`register_backend`.
 """
 
 from __future__ import annotations
