@@ -31,6 +31,8 @@ DESCRIPTIONS = {
     GROUPED: "torch.compile, transformers told not to repeat K and V; cuDNN's kernel forced, the one that takes a mask then",
     UNMASKED: "the same without the mask, torch's own choice of kernel: attends to unused rows too, so its logits are others",
 }
+KERNELS_KEPT = 24
+"""Of each variant, in the JSON."""
 DIFFERENCE_OF_COMPILE = 3.0
 """How many times further from eager than ``torch.compile`` logits may be."""
 SMALLEST_DIFFERENCE = 0.01
@@ -155,7 +157,7 @@ def batch_entry(
             "times_compile": times,
             "difference": difference,
             "wrong": difference is not None and name not in (COMPILED, UNMASKED) and not difference <= most,
-            "kernels": [asdict(kernel) for kernel in found.kernels[:24]],
+            "kernels": [asdict(kernel) for kernel in found.kernels[:KERNELS_KEPT]],
             **({"report": found.report} if found.report else {}),
         }
         if name == ALIGNED and target is not None:

@@ -41,7 +41,7 @@ class ModelShape:
         return WHOLE_VOCABULARY * self.layers // WHOLE_LAYERS
 
 
-TINY = ModelShape(layers=2, hidden=64, intermediate=96, query_heads=4, heads=2, context=192, effective_keys=32.0)
+TINY = ModelShape(layers=2, hidden=64, intermediate=96, query_heads=4, heads=2, context=640, effective_keys=32.0)
 """For a CPU, where nothing but the program itself is tried out."""
 
 

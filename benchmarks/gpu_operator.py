@@ -76,7 +76,7 @@ class Case:
 CASES = (Case(1, 32768), Case(8, 32768), Case(1, 131072), Case(1, 8192), Case(1, 4096))
 """The most telling first: a run that ends early has them."""
 QUICK_CASES = CASES[:2]
-TINY_CASES = (Case(1, 256, Shape(4, 2, 32)), Case(2, 192, Shape(4, 2, 32)))
+TINY_CASES = (Case(1, 1024, Shape(4, 2, 32)), Case(2, 640, Shape(4, 2, 32)))
 """For a CPU, where nothing but the program itself is tried out."""
 
 

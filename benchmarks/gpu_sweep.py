@@ -3,9 +3,9 @@
     python benchmarks/gpu_sweep.py                 # pairs 8 to 256, contexts 2k to 128k: about four minutes
     python benchmarks/gpu_sweep.py --pairs 8,64 --contexts 8192,32768
 
-Prints and writes the *break-even contexts*: the shortest measured context from which on the aligned read is faster, there and at
-every longer one; null where it never is. The aligned read is measured with ``min_context=1``, so that nothing sends it to the stream
-but its own count of bytes.
+Prints and writes the *break-even contexts*: the shortest measured context from which on the aligned read is faster, there and
+at every longer one; null where it never is. The aligned read is measured with ``min_context=1``, so that nothing sends it to
+the stream but its own count of bytes.
 """
 
 from __future__ import annotations
@@ -48,15 +48,14 @@ def microseconds(entry: Mapping[str, Any], rival: str) -> float | None:
 def break_even(entries: Sequence[Mapping[str, Any]], rival: str) -> dict[str, int | None]:
     """Pairs to break-even context against ``rival``. A cell without both times counts as lost: nothing is promised there."""
     found: dict[str, int | None] = {}
-    for entry in sorted(entries, key=lambda one: (one["pairs"], -one["context"])):
-        key = str(entry["pairs"])
-        longer = [one for one in entries if one["pairs"] == entry["pairs"] and one["context"] > entry["context"]]
-        still = not longer or found[key] == min(one["context"] for one in longer)
-        ours, theirs = microseconds(entry, ALIGNED), microseconds(entry, rival)
-        won = ours is not None and theirs is not None and ours < theirs
-        found.setdefault(key, None)
-        if still and won:
-            found[key] = entry["context"]
+    for pairs in sorted({entry["pairs"] for entry in entries}):
+        found[str(pairs)] = None
+        row = [entry for entry in entries if entry["pairs"] == pairs]
+        for entry in sorted(row, key=lambda one: -one["context"]):
+            ours, theirs = microseconds(entry, ALIGNED), microseconds(entry, rival)
+            if ours is None or theirs is None or ours >= theirs:
+                break
+            found[str(pairs)] = entry["context"]
     return found
 
 

@@ -124,7 +124,9 @@ def main(work: dict[str, Any]) -> None:
         from gpu_operator import compile_case
 
         case = {**work["case"], "shape": Shape(**work["case"]["shape"])}
-        plan = {name: tuple(value) if isinstance(value, list) else value for name, value in work["plan"].items()}
+        plan: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in work["plan"].items()
+        }
         compile_case(Case(**case), device, Plan(**plan))
     else:
         from gpu_decode import compile_variant
