@@ -30,7 +30,7 @@ from alignedkv_compile.demo.console import open_console
 from gpu_decode import DESCRIPTIONS as MODEL_VARIANTS
 from gpu_decode import GROUPED, Decoded, batch_entry, decode, free_memory
 from gpu_model import TINY, ModelShape, build, sharpen
-from gpu_operator import CASES, QUICK_CASES, TINY_CASES, Case, Plan, measure, reason
+from gpu_operator import ALIGNED, CASES, OTHER_CASES, QUICK_CASES, STREAM, TINY_CASES, Case, Plan, measure, reason
 from gpu_operator import DESCRIPTIONS as OPERATOR_VARIANTS
 from gpu_report import (
     MODEL_TARGETS,
@@ -41,6 +41,7 @@ from gpu_report import (
     operator_entry,
     operator_table,
     print_all,
+    target_table,
     wrong_results,
 )
 from gpu_setup import Run, open_run, warm_up
@@ -67,14 +68,17 @@ def bandwidth(device: torch.device) -> dict[str, object]:
 
 def time_operator(run: Run, results: Results, cases: Sequence[Case], plan: Plan, reserve: float) -> None:
     """The operator's section."""
+
+    def has_time(seconds: float = CASE_SECONDS / 2) -> bool:
+        return run.deadline.has(run.needs(reserve + seconds))
+
     for case in run.progress(cases, "operator"):
         entry: dict[str, Any] = {"case": str(case), "variants": {}}
-        if not run.deadline.has(run.needs(CASE_SECONDS + reserve)):
+        if not has_time(CASE_SECONDS):
             results.add("operator", {**entry, "not_run": "no time left"})
             continue
         try:
-            outcome = measure(case, run.device, plan, lambda: run.deadline.has(run.needs(reserve + CASE_SECONDS / 2)))
-            entry = operator_entry(outcome)
+            entry = operator_entry(measure(case, run.device, plan_of(case, plan), has_time))
         except Exception as error:
             entry["not_run"] = reason(error)
             run.console.print(f"{case}: not run: {entry['not_run']}")
@@ -87,6 +91,9 @@ def time_operator(run: Run, results: Results, cases: Sequence[Case], plan: Plan,
 
 def time_model(run: Run, results: Results, shape: ModelShape, tokens: int) -> None:
     """The model's section: for every batch size the variants that matter most first."""
+    if not run.deadline.has(run.needs(ROW_SECONDS)):
+        results.put("model_not_run", "no time left")
+        return
     model = build(shape, run.device)
     sharpen(model, shape, run.device)
     keys = sharpen(model, shape, run.device, measure_only=True)
@@ -111,12 +118,17 @@ def time_model(run: Run, results: Results, shape: ModelShape, tokens: int) -> No
         print_all(run.console, model_table(entry), kernel_table(f"{entry['case']}, kernels per token", entry["variants"]))
 
 
+def plan_of(case: Case, plan: Plan) -> Plan:
+    """Of the other shapes only what an error needs."""
+    return replace(plan, variants=(ALIGNED, STREAM, "sdpa"), profiled=()) if case in OTHER_CASES else plan
+
+
 def jobs_of(run: Run, cases: Sequence[Case], plan: Plan, shape: ModelShape | None) -> list[Job]:
     """Everything to compile, the model's first: they take longest."""
     models = (
         [model_job(name, batch, shape, run.device) for name in MODEL_ORDER[1:] for batch in reversed(BATCHES)] if shape else []
     )
-    return [*models, *(operator_job(case, run.device, plan) for case in cases)]
+    return [*models, *(operator_job(case, run.device, plan_of(case, plan)) for case in cases)]
 
 
 def main(
@@ -136,7 +148,7 @@ def main(
     """Check and time the generated Triton on this machine's GPU."""
     console = open_console()
     tiny = dry_run or device == "cpu"
-    cases = () if only_model else TINY_CASES if tiny else QUICK_CASES if quick else CASES
+    cases = () if only_model else TINY_CASES if tiny else QUICK_CASES if quick else CASES + OTHER_CASES
     shape = None if skip_model else TINY if tiny else replace(ModelShape(), layers=layers)
     plan = Plan(tolerance, repeats=repeats)
     with open_run(device, dry_run, seconds, console) as run, torch.no_grad():
@@ -156,6 +168,7 @@ def main(
         cached = torch._dynamo.utils.counters["inductor"]
         results.put("graphs", {"from_cache": cached["fxgraph_cache_hit"], "compiled_here": cached["fxgraph_cache_miss"]})
         results.put("seconds", run.deadline.passed)
+    print_all(console, target_table(results.data))
     console.print(f"{results.data['seconds']:.0f} s; results: {json_path}")
     wrong = wrong_results(results.data)
     if wrong:

@@ -66,6 +66,7 @@ def variant(name: str, model: Any) -> Iterator[Callable[..., Any]]:
 
     torch.compiler.reset()
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.compiler.reset)  # its CUDA graphs hold memory
         if name in (GROUPED, UNMASKED):  # the only switch in some releases is this function
             stack.enter_context(patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: True))
         if name == GROUPED:
@@ -79,7 +80,6 @@ def variant(name: str, model: Any) -> Iterator[Callable[..., Any]]:
         else:
             backend = "alignedkv" if name == ALIGNED else "inductor"
             yield torch.compile(model.forward, backend=backend, mode="reduce-overhead")
-    torch.compiler.reset()
 
 
 def _register_unmasked() -> None:

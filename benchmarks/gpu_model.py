@@ -144,4 +144,4 @@ def gib_needed(shape: ModelShape, batch: int) -> float:
         shape.layers * shape.hidden * (2.5 * shape.hidden + 3 * shape.intermediate) + 2 * shape.vocabulary * shape.hidden
     )
     layer = 4 * batch * (shape.context + SPARE_ROWS) * shape.heads * shape.head_dim
-    return (weights + 1.5 * shape.layers * layer + 3 * layer * shape.query_heads // shape.heads) / 2**30 + 1.0
+    return (weights + 1.5 * shape.layers * layer + layer * shape.query_heads // shape.heads) / 2**30 + 1.0

@@ -62,20 +62,29 @@ LLAMA = Shape(32, 8, 128)
 
 @dataclass(frozen=True)
 class Case:
-    """One decode step: sequences, rows of the cache, heads."""
+    """One decode step: sequences, rows of the cache, heads, and the dtype of query, K and V."""
 
     batch: int
     context: int
     shape: Shape = LLAMA
+    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
         rows = f"{self.context // 1024}k" if self.context % 1024 == 0 else str(self.context)
-        return f"b{self.batch} x {rows}"
+        other = "" if (self.shape, self.dtype) == (LLAMA, "bfloat16") else f", {self.shape} {self.dtype}"
+        return f"b{self.batch} x {rows}{other}"
 
 
 CASES = (Case(1, 32768), Case(8, 32768), Case(1, 131072), Case(1, 8192), Case(1, 4096))
 """The most telling first: a run that ends early has them."""
 QUICK_CASES = CASES[:2]
+OTHER_CASES = (
+    Case(1, 4096, LLAMA, "float16"),
+    Case(2, 5000, Shape(9, 3, 64)),
+    Case(1, 8192, Shape(8, 1, 256)),
+    Case(1, 4096, Shape(32, 32, 128), "float16"),
+)
+"""Other heads, dtypes and lengths, for the sake of their errors."""
 TINY_CASES = (Case(1, 1024, Shape(4, 2, 32)), Case(2, 640, Shape(4, 2, 32)))
 """For a CPU, where nothing but the program itself is tried out."""
 
@@ -195,11 +204,11 @@ def compile_case(case: Case, device: torch.device, plan: Plan) -> None:
     synchronize(device)
 
 
-def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+def inputs_of(case: Case, device: torch.device) -> Inputs:
     """Query, key, value and planes."""
     lowering.register()
     keys = min(EFFECTIVE_KEYS, case.context / 4)
-    layer = synthetic(case.shape, case.context, dtype, keys, batch=case.batch, device=device)
+    layer = synthetic(case.shape, case.context, getattr(torch, case.dtype), keys, batch=case.batch, device=device)
     planes = torch.zeros(arena_layout(layer.key, layer.value).total, dtype=torch.uint8, device=device)
     PLANE_BUILDER.rebuild(planes, layer.key, layer.value, case.context)
     return layer.query, layer.key, layer.value, planes

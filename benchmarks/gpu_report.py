@@ -108,6 +108,7 @@ def operator_entry(outcome: Outcome) -> dict[str, Any]:
         "batch": case.batch,
         "context": case.context,
         "heads": str(case.shape),
+        "dtype": case.dtype,
         "copies": outcome.copies,
         "cache_bytes": outcome.cache_bytes,
         "bytes_share": outcome.bytes_share,
@@ -117,7 +118,7 @@ def operator_entry(outcome: Outcome) -> dict[str, Any]:
 
 def operator_target(outcome: Outcome, variant: str) -> float | None:
     """What share of cuDNN's time the variant may take, where something was promised."""
-    if outcome.case.shape != LLAMA:
+    if (outcome.case.shape, outcome.case.dtype) != (LLAMA, "bfloat16"):
         return None
     if variant == STREAM:
         return STREAM_TARGET
@@ -137,7 +138,7 @@ def _ratio(over: float | None, under: float | None) -> float | None:
 def operator_table(entry: Mapping[str, Any]) -> Table:
     """One case."""
     read = "" if entry["bytes_share"] is None else f", aligned reads {entry['bytes_share']:.1%} of the bytes"
-    title = f"{entry['case']}, heads {entry['heads']}, {entry['copies']} copies{read}"
+    title = f"{entry['case']}, heads {entry['heads']} {entry['dtype']}, {entry['copies']} copies{read}"
     columns = ("variant", "us", "min", "max", "/ cuDNN", "target", "/ best SDPA", "/ floor", "GB/s", "error, u")
     table = _table(title, columns, entry["variants"])
     for name, found in entry["variants"].items():
@@ -175,6 +176,26 @@ def model_table(entry: Mapping[str, Any]) -> Table:
         off = _number(found["difference"]) + (" WRONG" if found["wrong"] else "")
         times = (_number(found[key]) for key in ("median_ms", "min_ms", "max_ms", "times_compile"))
         table.add_row(name, *times, target, _number(found["first_s"]), off)
+    return table
+
+
+def target_table(data: Mapping[str, Any]) -> Table:
+    """Every figure that something was promised for, beside the promise."""
+    table = _table("targets", ("case", "variant", "figure", "target", ""), {})
+    for entry in data.get("operator", []):
+        for name, found in entry["variants"].items():
+            if "target_over_cudnn" in found:
+                figure, target = found["over_cudnn"], f"<= {found['target_over_cudnn']:g}"
+                table.add_row(entry["case"], name, f"{_number(figure)} of cuDNN", target, _met(found["met"]))
+    for entry in data.get("model", []):
+        for name, found in entry["variants"].items():
+            if "target_times_compile" in found:
+                row = (
+                    f"{_number(found['times_compile'])} x compile",
+                    f">= {found['target_times_compile']:g}",
+                    _met(found["met"]),
+                )
+                table.add_row(entry["case"], name, *row)
     return table
 
 
@@ -231,7 +252,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def print_all(console: Console, *tables: Table) -> None:
-    """Only tables that hold something."""
+    """Only tables that hold something, or say why they do not."""
     for table in tables:
-        if table.row_count:
+        if table.row_count or table.caption:
             console.print(table)

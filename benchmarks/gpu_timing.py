@@ -72,11 +72,15 @@ class Captured:
                 call(*arguments)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        # "thread_local": Inductor's own threads may touch the driver meanwhile
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(rounds):
-                for arguments in inputs:
-                    self.output = call(*arguments)
+        current = torch.cuda.current_stream()
+        try:
+            # "thread_local": Inductor's own threads may touch the driver meanwhile
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(rounds):
+                    for arguments in inputs:
+                        self.output = call(*arguments)
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own in force
         self._graph.replay()
         torch.cuda.synchronize()
 
@@ -202,7 +206,7 @@ class TemplateNames:
     def _modules() -> list[Any]:
         from torch._inductor.codecache import PyCodeCache
 
-        return list(PyCodeCache.modules)
+        return list(getattr(PyCodeCache, "modules", ()))
 
 
 def template_names(source: str) -> dict[str, str]:

@@ -117,6 +117,7 @@ def _last_line(errors: IO[bytes]) -> str:
     return "failed: " + (lines[-1].strip()[:200] if lines else "no message")
 
 
+@torch.no_grad()
 def main(work: dict[str, Any]) -> None:
     """Do one job, in a process of its own."""
     device = torch.device(work["device"])
@@ -124,9 +125,7 @@ def main(work: dict[str, Any]) -> None:
         from gpu_operator import compile_case
 
         case = {**work["case"], "shape": Shape(**work["case"]["shape"])}
-        plan: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in work["plan"].items()
-        }
+        plan = {**work["plan"], "variants": tuple(work["plan"]["variants"]), "profiled": ()}
         compile_case(Case(**case), device, Plan(**plan))
     else:
         from gpu_decode import compile_variant

@@ -48,7 +48,7 @@ def register_backend() -> None:
     from alignedkv_compile.backend import alignedkv
 
     if "alignedkv" not in torch.compiler.list_backends():
-        torch._dynamo.register_backend(alignedkv, name="alignedkv")  # type: ignore[arg-type]  takes options too
+        torch._dynamo.register_backend(alignedkv, name="alignedkv")  # type: ignore[arg-type]  # it takes options too
 
 
 def _install() -> None:
