@@ -111,7 +111,8 @@ def sharpen(model: Any, shape: ModelShape, device: torch.device, measure_only: b
     for layer, cached in zip(model.model.layers, cache.layers, strict=True):
         hooks.append(layer.self_attn.q_proj.register_forward_hook(hook_of(cached.keys[0, :, : shape.context])))
     try:
-        decode_token(model.forward, cache, tokens_to_decode(shape, 1, device), 1 if measure_only else 0, shape, device)
+        token = token_inputs(tokens_to_decode(shape, 1, device), 1 if measure_only else 0, shape)
+        model.forward(**token, past_key_values=cache)
     finally:
         for hook in hooks:
             hook.remove()
@@ -129,13 +130,10 @@ def tokens_to_decode(shape: ModelShape, batch: int, device: torch.device) -> tor
     return torch.randint(0, shape.vocabulary, (1, SPARE_ROWS), generator=generator).expand(batch, -1).to(device)
 
 
-def decode_token(
-    forward: Callable[..., Any], cache: Any, tokens: torch.Tensor, index: int, shape: ModelShape, device: torch.device
-) -> torch.Tensor:
-    """Logits of one decoded token."""
-    position = torch.full((tokens.shape[0], 1), shape.context + index, device=device)
+def token_inputs(tokens: torch.Tensor, index: int, shape: ModelShape) -> dict[str, torch.Tensor]:
+    """What the model's forward takes to decode one of ``tokens``, but for the cache."""
     ids = tokens[:, index : index + 1].contiguous()
-    return forward(input_ids=ids, past_key_values=cache, position_ids=position).logits
+    return {"input_ids": ids, "position_ids": torch.full_like(ids, shape.context + index)}
 
 
 def gib_needed(shape: ModelShape, batch: int) -> float:

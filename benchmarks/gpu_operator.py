@@ -131,13 +131,15 @@ class Outcome:
     Attributes:
         copies: of the inputs that calls went round.
         cache_bytes: of K and V.
-        bytes_share: of them that the aligned read states to have read; None when it could not be counted.
+        bytes_share: of them that the aligned read states to have read; None when it could not be counted,
+        not_counted: and why.
     """
 
     case: Case
     copies: int
     cache_bytes: int
     bytes_share: float | None
+    not_counted: str
     variants: dict[str, Measured]
 
 
@@ -254,11 +256,12 @@ def measure(case: Case, device: torch.device, plan: Plan, has_time: Callable[[],
     cache_bytes = 2 * key.numel() * key.element_size()
     copies = copies_needed(cache_bytes, sum(tensor.numel() * tensor.element_size() for tensor in first), device)
     everything = cloned(first, copies)
+    share: float | None = None
+    not_counted = ""
     try:
         share = bytes_share(first, plan)
     except Exception as error:
-        print(f"bytes not counted: {reason(error)}")
-        share = None
+        not_counted = reason(error)
 
     calls = {name: call for name, call in variants(plan).items() if name in plan.variants}
     found = dict[str, Measured]()
@@ -286,7 +289,7 @@ def measure(case: Case, device: torch.device, plan: Plan, has_time: Callable[[],
             if name in plan.profiled:
                 kernels = kernel_times(_all_over(calls[name], everything), copies, device, names[name])
                 found[name] = replace(found[name], kernels=kernels)
-    return Outcome(case, copies, cache_bytes, share, {name: found[name] for name in calls})
+    return Outcome(case, copies, cache_bytes, share, not_counted, {name: found[name] for name in calls})
 
 
 def _judged(name: str, times: Times, output: torch.Tensor, exact: torch.Tensor, tolerance: float) -> Measured:

@@ -112,6 +112,7 @@ def operator_entry(outcome: Outcome) -> dict[str, Any]:
         "copies": outcome.copies,
         "cache_bytes": outcome.cache_bytes,
         "bytes_share": outcome.bytes_share,
+        **({"bytes_not_counted": outcome.not_counted} if outcome.not_counted else {}),
         "variants": entries,
     }
 

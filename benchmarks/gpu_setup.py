@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -92,4 +93,7 @@ def warm_up(run: Run, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         return [{"job": job.name, "seconds": 0.0, "failure": "left to the benchmark"} for job in jobs]
     free = torch.cuda.mem_get_info(run.device)[0] / 2**30 if run.device.type == "cuda" else 8.0
     run.console.print(f"compiling {len(jobs)} jobs in parallel on {cores} cores")
-    return warm(jobs, WARM_SHARE * run.deadline.seconds, cores, MEMORY_SHARE * free, run.console.print)
+    done = warm(jobs, WARM_SHARE * run.deadline.seconds, cores, MEMORY_SHARE * free, run.console.print)
+    for choice in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
+        choice.unlink()  # Inductor's choice of a launch, measured while other processes used the device
+    return done

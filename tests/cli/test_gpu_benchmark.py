@@ -273,7 +273,7 @@ def outcome(**medians: float) -> Any:
         names.get(name, name): Measured(Times((median - 1, median, median + 2)), 0.5, 0.4, wrong=median < 5)
         for name, median in medians.items()
     }
-    return Outcome(Case(8, 32768), 2, 1_000_000, 0.25, {**variants, "sdpa flash": Measured(not_run="no kernel")})
+    return Outcome(Case(8, 32768), 2, 1_000_000, 0.25, "", {**variants, "sdpa flash": Measured(not_run="no kernel")})
 
 
 def test_ratios_and_targets():
