@@ -139,7 +139,7 @@ def _ratio(over: float | None, under: float | None) -> float | None:
 def operator_table(entry: Mapping[str, Any]) -> Table:
     """One case."""
     read = "" if entry["bytes_share"] is None else f", aligned reads {entry['bytes_share']:.1%} of the bytes"
-    title = f"{entry['case']}, heads {entry['heads']} {entry['dtype']}, {entry['copies']} copies{read}"
+    title = f"{entry['case']}: {entry['copies']} copies{read}"
     columns = ("variant", "us", "min", "max", "/ cuDNN", "target", "/ best SDPA", "/ floor", "GB/s", "error, u")
     table = _table(title, columns, entry["variants"])
     for name, found in entry["variants"].items():
