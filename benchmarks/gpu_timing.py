@@ -65,14 +65,14 @@ class Captured:
     def __init__(self, call: Call, inputs: Sequence[Inputs]) -> None:
         rounds = -(-FEWEST_CALLS // len(inputs))
         self._calls = rounds * len(inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        for arguments in [*inputs, inputs[0]][:2]:
+            call(*arguments)
+        torch.cuda.synchronize()
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            for arguments in [*inputs, inputs[0]][:2]:
-                call(*arguments)
+            call(*inputs[0])  # what a library keeps per stream is there before the capture
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream()
         try:
             # "thread_local": Inductor's own threads may touch the driver meanwhile
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):

@@ -83,23 +83,27 @@ def warm(
         done.append({"job": entry.job.name, "seconds": round(took, 1), **({"failure": failure} if failure else {})})
         tell(f"{entry.job.name}: {took:.0f} s {failure}")
 
-    while waiting or running:
-        for entry in list(running):
-            if entry.process.poll() is not None:
-                finish(entry, "" if entry.process.returncode == 0 else _last_line(entry.errors))
-            elif time.monotonic() > end:
-                entry.process.kill()
-                entry.process.wait()
-                finish(entry, "ended: no time left")
-        if time.monotonic() > end:
-            done += [{"job": job.name, "seconds": 0.0, "failure": "not started: no time left"} for job in waiting]
-            waiting.clear()
-        for job in list(waiting):
-            used = sum(entry.job.gib for entry in running)
-            if len(running) < workers and (not running or used + job.gib <= free_gib):
-                waiting.remove(job)
-                running.append(_start(job))
-        time.sleep(POLL_SECONDS)
+    try:
+        while waiting or running:
+            for entry in list(running):
+                if entry.process.poll() is not None:
+                    finish(entry, "" if entry.process.returncode == 0 else _last_line(entry.errors))
+                elif time.monotonic() > end:
+                    entry.process.kill()
+                    entry.process.wait()
+                    finish(entry, "ended: no time left")
+            if time.monotonic() > end:
+                done += [{"job": job.name, "seconds": 0.0, "failure": "not started: no time left"} for job in waiting]
+                waiting.clear()
+            for job in list(waiting):
+                used = sum(entry.job.gib for entry in running)
+                if len(running) < workers and (not running or used + job.gib <= free_gib):
+                    waiting.remove(job)
+                    running.append(_start(job))
+            time.sleep(POLL_SECONDS)
+    finally:
+        for entry in running:  # only after an interrupt
+            entry.process.kill()
     return done
 
 
