@@ -1,6 +1,6 @@
 """Milliseconds per decoded token of :mod:`gpu_model`'s model: eager, ``torch.compile`` and this backend.
 
-``torch.compile`` repeats K and V for every query head before attention: transformers does so whenever there is a mask, as over
+A compiled model repeats K and V for every query head before attention: transformers does so whenever there is a mask, as over
 a StaticCache. Two more rows show what the same model takes without that.
 """
 
