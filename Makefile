@@ -1,11 +1,12 @@
-# Needs Python 3.11 or newer, a C++20 compiler (g++ or clang++) and make. Every target creates .venv by itself; `make venv`
-# alone does just that. Linux without a GPU: `make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"`
+# Needs Python 3.11 or newer, a C++20 compiler (g++ or clang++) and make. Every target creates .venv by itself, but for those
+# that need a GPU: they run the checkout with GPU_PYTHON, whose torch fits the machine. `make venv` alone does just that. Linux without a GPU: `make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"`
 # avoids the CUDA build of torch (several GB).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_PYTHON ?= python3
 DEMO_ARGS ?=
 EVAL_ARGS ?=
 
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick eval docs test test-all lint format typecheck bench bench-quick gpu-codegen clean
+.PHONY: help venv demo demo-quick eval docs test test-all lint format typecheck bench bench-quick bench-gpu sweep-gpu gpu-codegen clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +70,12 @@ bench: $(STAMP)  ## the attention operator alone, against SDPA and a 16-bit stre
 
 bench-quick: $(STAMP)  ## one context, two shapes
 	$(BIN)/python benchmarks/attention.py --quick --json results/attention-quick.json $(BENCH_ARGS)
+
+bench-gpu:  ## the operator and a model on this machine's GPU, under 5 minutes; nothing is installed: GPU_PYTHON has torch
+	$(GPU_PYTHON) benchmarks/gpu.py --json results/gpu.json $(BENCH_ARGS)
+
+sweep-gpu:  ## from which context on the aligned read pays on this machine's GPU
+	$(GPU_PYTHON) benchmarks/gpu_sweep.py --json results/gpu-sweep.json $(BENCH_ARGS)
 
 gpu-codegen: $(STAMP)  ## compile every generated Triton kernel for five GPU targets; needs no GPU
 	$(BIN)/python benchmarks/gpu_codegen.py --json results/gpu-codegen.json $(BENCH_ARGS)

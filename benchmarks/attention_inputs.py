@@ -38,8 +38,8 @@ class Layer:
     """One layer's decode step.
 
     Attributes:
-        query: ``[1, Hq, 1, D]``.
-        key, value: ``[1, H, C, D]``, contiguous, all rows live.
+        query: ``[B, Hq, 1, D]``.
+        key, value: ``[B, H, C, D]``, contiguous, all rows live.
     """
 
     query: torch.Tensor
@@ -68,7 +68,15 @@ class Layer:
         return Layer(self.query.clone(), self.key.clone(), self.value.clone())
 
 
-def synthetic(shape: Shape, context: int, dtype: torch.dtype, effective_keys: float, seed: int = 0) -> Layer:
+def synthetic(
+    shape: Shape,
+    context: int,
+    dtype: torch.dtype,
+    effective_keys: float,
+    seed: int = 0,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> Layer:
     """One layer as the module's docstring says.
 
     Args:
@@ -77,14 +85,20 @@ def synthetic(shape: Shape, context: int, dtype: torch.dtype, effective_keys: fl
         dtype: of all three tensors; the queries are scaled on the rounded keys.
         effective_keys: mean over query heads of exp(entropy of the weights); at most about ``context``.
         seed: of the generator.
+        batch: sequences; one scale for the queries of all.
+        device: of all tensors; each device has random numbers of its own.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int, rows: int) -> torch.Tensor:
-        return torch.randn(1, heads, rows, shape.head_dim, generator=generator)
+    def normal(heads: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """One sequence at a time, to bound the memory."""
+        found = torch.empty(batch, heads, rows, shape.head_dim, dtype=dtype, device=device)
+        for sequence in found:
+            sequence.copy_(torch.randn(sequence.shape, generator=generator, device=device))
+        return found
 
-    key, value = normal(shape.heads, context).to(dtype), normal(shape.heads, context).to(dtype)
-    direction = normal(shape.query_heads, 1)
+    key, value = normal(shape.heads, context, dtype), normal(shape.heads, context, dtype)
+    direction = normal(shape.query_heads, 1, torch.float32)
     scores = _scores(direction, key, shape)
     low, high = 0.0, 64.0
     for _ in range(BISECTION_STEPS):
@@ -111,19 +125,24 @@ def captured(path: Path) -> list[Layer]:
 
 
 def exact_attention(layer: Layer) -> torch.Tensor:
-    """Attention in float64 on the stored values, ``[1, Hq, 1, D]``, one KV head at a time."""
-    group, outputs = layer.shape.group, []
-    for head in range(layer.shape.heads):
-        query = layer.query[0, head * group : (head + 1) * group, 0].double()
-        weights = (query @ layer.key[0, head].double().T * layer.scale).softmax(-1)
-        outputs.append(weights @ layer.value[0, head].double())
-    return torch.cat(outputs)[None, :, None]
+    """Attention in float64 on the stored values, ``[B, Hq, 1, D]``, one KV head at a time."""
+    rows = _rows_of_heads(layer.query, layer.shape).double()
+    outputs = []
+    for row, key, value in zip(rows, layer.key.flatten(0, 1), layer.value.flatten(0, 1), strict=True):
+        weights = (row @ key.double().T * layer.scale).softmax(-1)
+        outputs.append(weights @ value.double())
+    return torch.cat(outputs).view(*layer.query.shape[:3], -1)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """float32 ``[H, group, C]``, one KV head at a time to bound the memory."""
-    rows = query[0, :, 0].view(shape.heads, shape.group, -1)
-    return torch.stack([rows[head] @ key[0, head].float().T for head in range(shape.heads)]) * shape.head_dim**-0.5
+    """float32 ``[B * H, group, C]``, one KV head at a time to bound the memory."""
+    pairs = zip(_rows_of_heads(query, shape), key.flatten(0, 1), strict=True)
+    return torch.stack([row @ head.float().T for row, head in pairs]) * shape.head_dim**-0.5
+
+
+def _rows_of_heads(query: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """``[B, Hq, 1, D]`` as ``[B * H, group, D]``."""
+    return query[:, :, 0].reshape(-1, shape.group, query.shape[3])
 
 
 def _perplexity(scores: torch.Tensor) -> float:
