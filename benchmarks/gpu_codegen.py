@@ -177,6 +177,7 @@ class Call:
     queries: int = 1
     dtype: torch.dtype = torch.bfloat16
     masked: bool = True
+    tolerance: float = 2.0
 
     def tensors(self) -> list[torch.Tensor]:
         """Fake CUDA tensors: planes, new K, new V, positions, query, K, V, mask."""
@@ -199,12 +200,13 @@ class Call:
         """One layer's write and read."""
         operators = torch.ops.alignedkv
         context, scale, roundoff, masked = self.context, self.dim**-0.5, UNIT_ROUNDOFF[self.dtype], self.masked
+        tolerance = self.tolerance
 
         def step(planes, new_key, new_value, positions, query, key, value, *mask):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
             key.index_copy_(2, positions, new_key)
             value.index_copy_(2, positions, new_value)
             operators.quantize_on_write.default(planes, new_key, new_value, positions, context)
-            options = (context, scale, 2.0, roundoff, 512)
+            options = (context, scale, tolerance, roundoff, 512)
             return (operators.aligned_read_attention.default(query, key, value, planes, mask[0] if masked else None, *options),)
 
         if masked:
@@ -265,6 +267,8 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    loop_instructions: int
+    """Machine instructions in the longest innermost loop, each executed by every warp; 0 where they were not disassembled."""
     loads: dict[str, int]
     tensor_core: list[str]
 
@@ -300,7 +304,10 @@ def _nvidia_figures(asm: dict[str, Any]) -> dict[str, Any]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     loads: dict[str, int] = {}
     for vector, bits in re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.(v\d))?\.b(\d+)", asm["ptx"]):
@@ -309,9 +316,23 @@ def _nvidia_figures(asm: dict[str, Any]) -> dict[str, Any]:
     return {
         "registers": numbers["REG"],
         "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "loop_instructions": _longest_loop(code),
         "loads": loads,
         "tensor_core": sorted(set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", asm["ptx"]))),
     }
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions between a branch back and its target, for the longest such loop that holds no other."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    addresses = [int(address, 16) for address, _, _ in lines]
+    loops = []
+    for address, (_, name, operands) in zip(addresses, lines, strict=True):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if name.startswith("BRA") and target is not None and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    inner = [one for one in loops if not any(one[0] <= other[0] and other[1] <= one[1] and other != one for other in loops)]
+    return max((sum(low <= address <= high for address in addresses) for low, high in inner), default=0)
 
 
 def _amd_figures(assembly: str) -> dict[str, Any]:
@@ -328,6 +349,7 @@ def _amd_figures(assembly: str) -> dict[str, Any]:
         "registers": numbers["vgpr_count"],
         # a scalar register spills into a lane of a vector register, not into memory
         "spilled_bytes": 4 * numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"],
+        "loop_instructions": 0,
         "loads": loads,
         "tensor_core": sorted(set(re.findall(r"v_mfma\w+", assembly))),
     }
@@ -336,8 +358,13 @@ def _amd_figures(assembly: str) -> dict[str, Any]:
 def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype) -> list[Compiled]:
     """All kernels for one target; in this process, which is spoilt for anything else afterwards."""
     stand_in_for_cuda(DEVICES[target])
-    calls = [Call(dim, dtype=dtype) for dim in dims]
-    return [compile_kernel(name, source, target, call.dim) for call in calls for name, source in kernels(generate(call))]
+    compiled = []
+    for dim in dims:
+        sources = dict(kernels(generate(Call(dim, dtype=dtype))))
+        streamed = kernels(generate(Call(dim, dtype=dtype, masked=False, tolerance=0.0)))
+        sources |= {f"stream {name}": source for name, source in streamed if _template_name(source) in {"stream", "combine"}}
+        compiled += [compile_kernel(name.split()[-1], source, target, dim) for name, source in sources.items()]
+    return compiled
 
 
 def main(
@@ -362,11 +389,12 @@ def main(
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps([asdict(entry) for entry in figures], indent=1))
     table = rich.table.Table(
-        "target", "D", "kernel", "warps", "registers", "spilled", "shared", "loads: bytes x number", "tensor cores"
+        "target", "D", "kernel", "warps", "registers", "spilled", "shared", "loop", "loads: bytes x number", "tensor cores"
     )
     for entry in figures:
         loads = ", ".join(f"{width} x {count}" for width, count in sorted(entry.loads.items(), key=lambda pair: -int(pair[0])))
-        numbers = (entry.dim, entry.kernel, entry.warps, entry.registers, entry.spilled_bytes, entry.shared_bytes, loads)
+        numbers = (entry.dim, entry.kernel, entry.warps, entry.registers, entry.spilled_bytes, entry.shared_bytes)
+        numbers = (*numbers, entry.loop_instructions, loads)
         table.add_row(entry.target, *map(str, numbers), ", ".join(entry.tensor_core))
     rich.get_console().print(table)
 

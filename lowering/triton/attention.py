@@ -98,6 +98,7 @@ class Read:
             "QUERIES": queries,
             "M": rows,
             "MP": self.padded,
+            "MW": max(16, self.padded),
             "SPLITS": self.splits,
             "SP": power_of_two(self.splits),
             "GRID_Y": self.splits,

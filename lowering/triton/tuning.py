@@ -15,8 +15,8 @@ class ReadLaunches:
 
     Attributes:
         scan, finish, stream: how each is divided up; ``stream.rows`` are cache rows that are streamed at once.
-        tiles: CHUNK blocks chosen from at once; KEYS, EXACT, VALUES rows gathered at once; PART programs' parts combined at
-            once; stages of the loops of scan and stream.
+        tiles: CHUNK blocks chosen from at once; KEYS, EXACT, VALUES rows gathered at once; PART rows of programs' parts
+            combined at once; stages of the loops of scan and stream.
     """
 
     scan: Launch
@@ -48,7 +48,7 @@ def read_launches(dim: int, query_rows: int, element_size: int) -> ReadLaunches:
         "KEYS": 32,
         "EXACT": 16,
         "VALUES": 32,
-        "PART": 1 << (max(1, 4096 // (query_rows * dim)).bit_length() - 1),
+        "PART": 32,
         "STAGES_OF_SCAN": 3,
         "STREAM_STAGES": 3 if not wide else 2,
     }
