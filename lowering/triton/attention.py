@@ -184,6 +184,7 @@ class Read:
             "LIST": self.scratch(torch.int32, splits, rows),
             "WEIGHTS": self.scratch(torch.float32, splits, rows, padded),
             "CHOSEN": self.scratch(torch.int32, splits, 2, rows),
+            "SKIPPED": self.scratch(torch.float32, splits, self.share, padded),
         }
         parts = {
             "PARTS": self.scratch(torch.float32, splits, padded, dim),
