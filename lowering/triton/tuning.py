@@ -44,11 +44,11 @@ def read_launches(dim: int, query_rows: int, element_size: int) -> ReadLaunches:
         rows = 16
     warps = 8 if dim > 128 or query_rows > 16 else 4
     tiles = {
-        "CHUNK": 2 if query_rows <= 8 else 1,
+        "CHUNK": 4 if query_rows <= 4 else 2 if query_rows <= 8 else 1,
         "KEYS": 32,
         "EXACT": 16,
         "VALUES": 32,
-        "PART": 32,
+        "PART": 16,
         "STAGES_OF_SCAN": 3,
         "STREAM_STAGES": 3 if not wide else 2,
     }
