@@ -99,6 +99,7 @@ class Read:
             "M": rows,
             "MP": self.padded,
             "MW": max(16, self.padded),
+            "NQ": max(16 if _has_tensor_memory(device) else 0, 2 * self.padded),
             "SPLITS": self.splits,
             "SP": power_of_two(self.splits),
             "GRID_Y": self.splits,
@@ -239,6 +240,11 @@ def _policy_constants(arena: ArenaLayout, element_size: int) -> dict[str, object
 def _processors(device: torch.device) -> int:
     count = DeviceProperties.create(device).multi_processor_count
     return EMULATED_PROCESSORS if device.type == "cpu" or not count else count
+
+
+def _has_tensor_memory(device: torch.device) -> bool:
+    """Whether Triton's products are tcgen05's."""
+    return device.type == "cuda" and not _is_hip() and DeviceProperties.create(device).major == 10
 
 
 def _is_hip() -> bool:

@@ -19,15 +19,8 @@ ARGUMENTS = {
     "skip_threshold": ("skip_threshold", ("B", "N", "P_v", "n", "theta_4"), {}),
     "addend_sum": ("addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": 80}),
     "threshold": ("threshold", ("B", "E", "N"), {}),
-    "remaining_budget": ("remaining_budget", ("B", "left"), {}),
     "key_coefficient_4": ("key_coefficient", ("q",), {}),
-    "key_coefficient_8": ("key_coefficient", ("q",), {}),
     "weight_error_factor": ("weight_error_factor", ("x",), {}),
-    "predicted_bytes": (
-        "predicted_bytes",
-        ("rows_K", "rows_K8", "rows_V", "rows_V4", "rows_V8"),
-        {"plane_K": 32, "plane_V": 24, "row_K": 128, "row_V": 96},
-    ),
 }
 
 
