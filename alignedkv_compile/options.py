@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from . import torch_private
+from . import break_even, torch_private
 from .errors import OptionValueError, UnknownInductorOptionError, UnknownModeError, UnknownOptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -36,7 +36,8 @@ class Options:
             errors, is at most ``tolerance`` times the rms rounding error. ``"worst_case"``: the error of every single output
             row, whatever the cache holds, is at most ``tolerance * u * ||row||``, in units of the *largest* rounding error;
             the bound is computed from what was read, and :func:`alignedkv_compile.stats` shows it. Fewer bytes are saved.
-        min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save.
+        min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save. None is what
+            pays on the device (:mod:`alignedkv_compile.break_even`): 512 rows on CPUs, more on GPUs where pairs are few.
         strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is not rewritten.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
         accuracy: the dtype in whose rounding error ``tolerance`` is measured; None is the cache's own. With ``float16``, an
@@ -49,7 +50,7 @@ class Options:
 
     tolerance: float = 2.0
     guarantee: str = "expected"
-    min_context: int = 512
+    min_context: int | None = None
     strict: bool = False
     stats: bool = False
     accuracy: torch.dtype | None = None
@@ -64,6 +65,10 @@ class Options:
             KeyError: ``dtype`` is none of bfloat16, float16, float32.
         """
         return UNIT_ROUNDOFF[self.accuracy or dtype]
+
+    def least_context(self, device: torch.device, pairs: int) -> int:
+        """``min_context``, or what pays on ``device`` with ``pairs`` of KV heads and batch entries when none was asked for."""
+        return break_even.least_context(device, pairs) if self.min_context is None else self.min_context
 
     @property
     def certified(self) -> bool:
@@ -107,9 +112,9 @@ def _tolerance(name: str, value: object) -> float:
     return float(value)
 
 
-def _row_count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionValueError(name, value, "an int >= 0")
+def _row_count(name: str, value: object) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise OptionValueError(name, value, "an int >= 0, or None for what pays on the device")
     return value
 
 

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -173,7 +173,7 @@ class Call:
     dim: int
     query_heads: int = 32
     heads: int = 8
-    context: int = 8192
+    context: int = 131072
     queries: int = 1
     dtype: torch.dtype = torch.bfloat16
     masked: bool = True
@@ -360,10 +360,15 @@ def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype) -> list
     stand_in_for_cuda(DEVICES[target])
     compiled = []
     for dim in dims:
-        sources = dict(kernels(generate(Call(dim, dtype=dtype))))
-        streamed = kernels(generate(Call(dim, dtype=dtype, masked=False, tolerance=0.0)))
-        sources |= {f"stream {name}": source for name, source in streamed if _template_name(source) in {"stream", "combine"}}
-        compiled += [compile_kernel(name.split()[-1], source, target, dim) for name, source in sources.items()]
+        calls = {
+            "": (Call(dim, dtype=dtype, masked=False), {"quantize_on_write", "scan", "finish", "repair"}),
+            " masked": (Call(dim, dtype=dtype), {"scan", "finish", "repair"}),
+            " at tolerance 0": (Call(dim, dtype=dtype, masked=False, tolerance=0.0), {"stream", "combine"}),
+        }
+        for suffix, (call, wanted) in calls.items():
+            found = [(name, source) for name, source in kernels(generate(call)) if _template_name(source) in wanted]
+            made = [compile_kernel(name, source, target, dim) for name, source in found]
+            compiled += [replace(one, kernel=one.kernel + suffix) for one in made]
     return compiled
 
 

@@ -101,7 +101,7 @@ class Plan:
     """
 
     tolerance: float = Options.tolerance
-    min_context: int = Options.min_context
+    min_context: int | None = Options.min_context
     repeats: int = 15
     variants: tuple[str, ...] = tuple(DESCRIPTIONS)
     profiled: tuple[str, ...] = (ALIGNED, STREAM, CUDNN, FLASH)
@@ -143,13 +143,14 @@ class Outcome:
     variants: dict[str, Measured]
 
 
-def read(tolerance: float, min_context: int) -> Call:
+def read(tolerance: float, min_context: int | None = None) -> Call:
     """This backend's operator, compiled; the planes are not passed when every bit is read."""
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
         scale, unit = key.shape[3] ** -0.5, UNIT_ROUNDOFF[key.dtype]
         arena = planes if tolerance > 0 else None
-        return aligned_read_attention.default(query, key, value, arena, None, key.shape[2], scale, tolerance, unit, min_context)
+        least = Options(min_context=min_context).least_context(key.device, key.shape[0] * key.shape[1])
+        return aligned_read_attention.default(query, key, value, arena, None, key.shape[2], scale, tolerance, unit, least)
 
     return torch.compile(call, fullgraph=True)
 
@@ -182,7 +183,7 @@ def variants(plan: Plan) -> dict[str, Call]:
 
     return {
         ALIGNED: read(plan.tolerance, plan.min_context),
-        STREAM: read(0.0, plan.min_context),
+        STREAM: read(0.0),
         CUDNN: grouped(SDPBackend.CUDNN_ATTENTION),
         FLASH: grouped(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn packed": packed(SDPBackend.CUDNN_ATTENTION),
@@ -220,7 +221,8 @@ def bytes_share(inputs: Inputs, plan: Plan) -> float:
     """Share of the cache's bytes that the aligned read states to have read."""
     query, key, value, planes = inputs
     counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64, device=key.device)
-    options = (None, key.shape[2], key.shape[3] ** -0.5, plan.tolerance, UNIT_ROUNDOFF[key.dtype], plan.min_context)
+    least = Options(min_context=plan.min_context).least_context(key.device, key.shape[0] * key.shape[1])
+    options = (None, key.shape[2], key.shape[3] ** -0.5, plan.tolerance, UNIT_ROUNDOFF[key.dtype], least)
     torch.compile(aligned_read_attention.counted, fullgraph=True)(query, key, value, planes, *options, counters, 0)
     counted = dict(zip(COUNTER_FIELDS, counters[0].tolist(), strict=True))
     return counted["bytes_read"] / counted["bytes_full"]

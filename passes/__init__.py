@@ -45,7 +45,7 @@ def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options:
     facts = gather_facts(module.graph, inference_only=inference_only)
     findings = find_sites(facts, certified=options.certified)
     pairing = pair_caches(findings, facts)
-    report = report_sites(pairing)
+    report = report_sites(pairing, options)
     before = snapshot(module, pairing)
     if options.cuda_graphs:
         mark_written_caches(facts, pairing)

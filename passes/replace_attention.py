@@ -23,8 +23,7 @@ class AlignmentOptions(Protocol):
     @property
     def tolerance(self) -> float: ...
 
-    @property
-    def min_context(self) -> int: ...
+    def least_context(self, device: torch.device, pairs: int) -> int: ...
 
     @property
     def stats(self) -> bool: ...
@@ -95,7 +94,7 @@ def replace_attention(
             scale=site.scale,
             tolerance=float(options.tolerance),
             unit_roundoff=options.unit_roundoff(fake(key).dtype),
-            min_context=options.min_context,
+            min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )
         result = _with_strides_of(original, result, editor)
@@ -105,6 +104,12 @@ def replace_attention(
         for node in reversed(operand.chain):
             if not node.users:
                 editor.erase(node)
+
+
+def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
+    """Live rows below which a site's read takes every bit."""
+    written = fake(site.key.write)
+    return options.least_context(written.device, int(example_size(written.shape[0])) * int(example_size(written.shape[1])))
 
 
 def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) -> Node:

@@ -7,8 +7,9 @@ import re
 
 from torch.fx import Node
 
-from .nodes import operation, tensor_of
+from .nodes import fake, operation, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Outcome, Pairing, SiteReport
+from .replace_attention import AlignmentOptions, least_context
 
 log = logging.getLogger("alignedkv_compile.passes")
 
@@ -16,16 +17,16 @@ _SYMBOL = re.compile(r"\bs\d+\b")
 """Each layer's cache has a size symbol of its own; the report calls them all ``n``, so that equal layers read alike."""
 
 
-def report_sites(pairing: Pairing) -> tuple[SiteReport, ...]:
+def report_sites(pairing: Pairing, options: AlignmentOptions) -> tuple[SiteReport, ...]:
     """One line per cached attention call, in graph order; each is logged at DEBUG."""
-    lines = [_site_line(site) for site in pairing.sites] + [_declined_line(site) for site in pairing.declined]
+    lines = [_site_line(site, options) for site in pairing.sites] + [_declined_line(site) for site in pairing.declined]
     lines.sort(key=lambda line: line.index)
     for line in lines:
         log.debug("%s %s (%s, %s): %s", line.name, line.where, line.shape, line.outcome.value, line.reason or "aligned read")
     return tuple(lines)
 
 
-def _site_line(site: AttentionSite) -> SiteReport:
+def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
     long = f"{site.query_rows} query rows are more than {MAX_ALIGNED_QUERY_ROWS}: stock attention"
     return SiteReport(
         index=site.index,
@@ -34,8 +35,15 @@ def _site_line(site: AttentionSite) -> SiteReport:
         where=_where(site.attention),
         cache=(site.key.source.name, site.value.source.name),
         shape=f"query {_shape(site.query)}, cache {_shape(site.key.write)}",
-        reason=long if site.outcome is Outcome.PREFILL else "",
+        reason=long if site.outcome is Outcome.PREFILL else _streamed(site, options),
     )
+
+
+def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
+    """For which contexts a rewritten site reads every bit, where the device decides that."""
+    if fake(site.key.write).device.type == "cpu" or options.tolerance == 0:
+        return ""
+    return f"every bit below {least_context(site, options)} live rows, from where on fewer are faster here (min_context)"
 
 
 def _declined_line(site: DeclinedSite) -> SiteReport:

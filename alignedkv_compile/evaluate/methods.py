@@ -17,9 +17,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import lowering
+from ..break_even import LEAST_CONTEXT
 from ..layout import arena_layout
 from ..ops import COUNTER_FIELDS, aligned_read_attention
-from ..options import UNIT_ROUNDOFF, Options
+from ..options import UNIT_ROUNDOFF
 from ..rebuild import PLANE_BUILDER, post_grad_pass
 from ..torch_private import GuardedGraph, compile_function
 from .errors import EvaluationError
@@ -117,7 +118,7 @@ class Aligned:
 
     def _compile(self, args: Sequence[torch.Tensor], scale: float) -> GuardedGraph:
         lowering.register()
-        tolerance, unit, least = self.tolerance, UNIT_ROUNDOFF[args[1].dtype], Options().min_context
+        tolerance, unit, least = self.tolerance, UNIT_ROUNDOFF[args[1].dtype], LEAST_CONTEXT
 
         def read(
             query: torch.Tensor,

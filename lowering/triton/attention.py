@@ -80,15 +80,16 @@ class Read:
         group, queries = static(query_heads) // heads, static(queries)
         rows = group * queries
         self.padded = max(4, power_of_two(rows))
-        if self.padded > LARGEST_GROUP or max(self.arena.key_dim, self.arena.value_dim) > LARGEST_HEAD:
-            self.inputs.pop("PLANES", None)
+        short = settings.length.is_Integer and settings.length < settings.min_context
+        fits = self.padded <= LARGEST_GROUP and max(self.arena.key_dim, self.arena.value_dim) <= LARGEST_HEAD
+        self.aligned = "PLANES" in self.inputs and fits and not short
         self.splits = splits(V.graph.sizevars.optimization_hint(self.pairs), _processors(self.device))
         self.blocks = FloorDiv(settings.length + (BLOCK_ROWS - 1), BLOCK_ROWS)
         self.share = FloorDiv(self.blocks + (self.splits - 1), self.splits)
         mask = inputs.get("mask")
         self.mask_kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
         element = key.get_dtype()
-        self.launches = read_launches(max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize)
+        self.launches = read_launches(max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize, hip=_is_hip())
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
             **self.launches.tiles,
@@ -108,7 +109,7 @@ class Read:
             "COLUMNS": min(64, power_of_two(self.arena.value_dim)),
             "HAS_MASK": self.mask_kind,
             "MASK_SHARED": queries == 1 and mask is not None and mask_strides[1] == 0,
-            "HAS_STATE": "PLANES" in self.inputs,
+            "HAS_STATE": self.aligned,
             "COUNTED": "PLANES" in self.inputs,
             "FLOOR": mask_floor,
             "SCALE": settings.scale,
@@ -161,7 +162,7 @@ class Read:
 
     def read(self, output: ir.Layout) -> ir.TensorBox:
         """The whole call."""
-        return self.read_aligned(output) if "PLANES" in self.inputs else self.stream(output)
+        return self.read_aligned(output) if self.aligned else self.stream(output)
 
     def read_aligned(self, output: ir.Layout) -> ir.TensorBox:
         """Steps 1 to 5 of docs/policy.md."""
@@ -202,12 +203,17 @@ class Read:
         return result
 
     def stream(self, output: ir.Layout) -> ir.TensorBox:
-        """Every bit."""
+        """Every bit. Beside an arena, in which arrivals are counted, it is one launch."""
         splits, padded, dim = self.splits, self.padded, self.arena.value_dim
         self.counted = {"READ": self.scratch(torch.int32, splits)}
         tops = {"TOPS": self.scratch(torch.float32, splits, 2, padded)}
         data = {name: self.inputs[name] for name in ("QUERY", "KEY", "VALUE")}
-        inputs = {**data, **tops, **self.counted, **self.mask()}
+        inputs = {**data, **tops, **self.counted}
+        if "PLANES" in self.inputs:
+            shared = {"PLANES": self.inputs["PLANES"], "PARTS": self.scratch(torch.float32, splits, padded, dim)}
+            inputs = {**inputs, **shared, **self.mask()}
+            return self.emit("stream", inputs, ["TOPS", "READ", *shared], output)
+        inputs |= self.mask()
         parts = self.emit("stream", inputs, ["TOPS", "READ"], self.floats(splits, padded, dim))
         chunks = -(-dim // int(str(self.constants["COLUMNS"])))
         return self.emit("combine", {"PARTS": parts, **tops}, [], output, GRID_Y=chunks)

@@ -35,14 +35,14 @@ PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 64
 
 
-def read_launches(dim: int, query_rows: int, element_size: int) -> ReadLaunches:
+def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = False) -> ReadLaunches:
     """Launches for heads of ``dim``, ``query_rows`` padded query rows per KV head, and a cache of ``element_size`` bytes a
-    number. Tiles are as large as 128 registers allow (``make gpu-codegen``)."""
+    number. Tiles are as large as registers allow (``make gpu-codegen``); with 8 warps ``hip`` would have half as many."""
     wide = dim > 128 or query_rows > 8 or element_size > 2
     rows = 32 if wide else 64
     if dim > 256 or query_rows > 32:
         rows = 16
-    warps = 8 if dim > 128 or query_rows > 16 else 4
+    warps = 8 if (dim > 128 or query_rows > 16) and not hip else 4
     tiles = {
         "CHUNK": 4 if query_rows <= 4 else 2 if query_rows <= 8 else 1,
         "KEYS": 32,
