@@ -8,11 +8,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.virtualized import V
 
 from .. import layout, ops, precision, worst_case
+from ..inductor_private import V, ir, lowerings, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import sympy
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.virtualized import V
 
 from .. import layout, ops
+from ..inductor_private import V, ir, lowerings, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render

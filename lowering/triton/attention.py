@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.virtualized import V
-from torch.utils._sympy.functions import FloorDiv
 
 from ... import precision
+from ...inductor_private import DeviceProperties, FloorDiv, V, ir
 from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, ArenaLayout
 from .constants import head_constants, power_of_two
 from .kernel import contiguous, emit, scratch

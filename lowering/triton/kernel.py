@@ -16,13 +16,17 @@ from typing import Any
 
 import sympy
 import torch
-import torch._inductor.lowering  # first: Inductor's modules import each other in a circle
-from torch._inductor import ir
-from torch._inductor.codegen.triton import texpr
-from torch._inductor.lowering import empty_strided
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel, autotune_select_algorithm
 
 from ... import layout, ops
+from ...inductor_private import (
+    SymbolicGridFn,
+    TritonTemplate,
+    TritonTemplateKernel,
+    choose_by_benchmark,
+    empty_strided,
+    ir,
+    texpr,
+)
 from .shared import shared_functions
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -76,9 +80,7 @@ def template(name: str) -> Template:
     ``alignedkv_<name>``."""
     text = (_TEMPLATES / f"{name}.py.jinja").read_text()
     text = text.replace("{{setup}}", (_TEMPLATES / "setup.py.jinja").read_text())
-    made = Template(
-        f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(), always_freeze_layout=True
-    )
+    made = Template(f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions())
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
         layout=layout,
@@ -138,8 +140,7 @@ def emit(
             raise error
     if len(choices) == 1:  # nothing to choose: no benchmark, and no key in a tuning cache
         return choices[0].output_node()
-    result, _ = autotune_select_algorithm(f"alignedkv_{name}", choices, nodes, output)
-    return result
+    return choose_by_benchmark(f"alignedkv_{name}", choices, nodes, output)
 
 
 def scratch(device: torch.device, dtype: torch.dtype, *size: object) -> ir.TensorBox:
