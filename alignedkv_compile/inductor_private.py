@@ -5,15 +5,21 @@ Apart from that file because importing this one imports the compiler, which take
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
-import torch._inductor.lowering  # noqa: F401 - first, as Inductor's modules import each other in a circle
+import sympy
+import torch
+import torch._inductor.lowering  # first: Inductor's modules import each other in a circle
 from torch._inductor import ir as ir
 from torch._inductor import select_algorithm
+from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.codegen.cpp_template import CppTemplate as CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel as CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import cexpr
 from torch._inductor.codegen.cpp_utils import cexpr_index as cexpr_index  # C++ text of an index expression
 from torch._inductor.codegen.triton import texpr as texpr  # Triton text of one
 from torch._inductor.lowering import empty_strided as empty_strided
@@ -51,3 +57,28 @@ def choose_by_benchmark(name: str, choices: list[Any], inputs: Sequence[ir.IRNod
     """The output of the fastest of several kernels that compute the same."""
     result = select_algorithm.autotune_select_algorithm(name, choices, list(inputs), layout)
     return result[0] if isinstance(result, tuple) else result  # torch 2.11 returns the output alone, 2.12 the choice too
+
+
+@contextlib.contextmanager
+def repaired_bounds_checks() -> Iterator[None]:
+    """Within, C++ code checks an index only after it has computed it.
+
+    Up to torch 2.12, the check of an index that a fused kernel also computes with comes before the index: the kernel does not
+    compile. A DynamicCache's new row and its rotary embedding share such an index, the length of the cache.
+    """
+    if torch.__version__ >= (2, 13):  # type: ignore[operator]
+        yield
+        return
+    check_bounds = CppKernel.check_bounds
+
+    def check(self: CppKernel, expr: sympy.Expr, size: sympy.Expr, lower: bool, upper: bool) -> None:
+        loads = self.loads
+        if self.cse.try_get(cexpr(self.rename_indexing(expr))) is not None:
+            self.loads = self.compute  # where the check goes
+        try:
+            check_bounds(self, expr, size, lower, upper)
+        finally:
+            self.loads = loads
+
+    with mock.patch.object(CppKernel, "check_bounds", check):
+        yield

@@ -122,11 +122,15 @@ def compile_graph(
     """
     from torch._inductor.compile_fx import compile_fx  # torch.compile itself would trace through Dynamo again
 
+    from .inductor_private import repaired_bounds_checks
+
     patches = dict(patches)
-    if post_grad is not None:
-        slot = "post_grad_custom_post_pass"
-        patches[slot] = appended_pass(patches.get(slot, getattr(inductor_config, slot)), post_grad)
-    return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
+    if post_grad is None:
+        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
+    slot = "post_grad_custom_post_pass"
+    patches[slot] = appended_pass(patches.get(slot, getattr(inductor_config, slot)), post_grad)
+    with repaired_bounds_checks():
+        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
 
 
 def passes_through_backends() -> tuple[type[BaseException], ...]:
