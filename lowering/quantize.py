@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import sympy
 
 from .. import layout, ops
-from ..inductor_private import V, ir, lowerings, register_lowering
+from ..inductor_private import V, ir, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render
@@ -66,6 +66,5 @@ def _lower(planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positio
 
 
 def register() -> None:
-    """Register the lowering; harmless when repeated."""
-    if ops.quantize_on_write.default not in lowerings:
-        register_lowering(ops.quantize_on_write.default, type_promotion_kind=None)(_lower)
+    """Register the lowering."""
+    register_lowering(ops.quantize_on_write.default, type_promotion_kind=None)(_lower)
