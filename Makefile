@@ -15,10 +15,16 @@ VENV := .venv
 TRITON := triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Another release of torch, in an environment of its own (the CUDA build takes 5 GB of disk), and the tests that meet torch's insides.
+TORCH ?= 2.11.0
+TORCH_VENV := .venv-torch-$(TORCH)
+TORCH_STAMP := $(TORCH_VENV)/.installed
+TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/backend tests/kernel/test_operators.py \
+	tests/kernel/test_planes.py tests/kernel/test_certified.py tests/triton/test_triton_planes.py tests/triton/test_triton_model.py
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick eval docs test test-all lint format typecheck bench bench-quick bench-gpu sweep-gpu gpu-codegen clean
+.PHONY: help venv demo demo-quick eval docs test test-all test-torch lint format typecheck bench bench-quick bench-gpu sweep-gpu gpu-codegen clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +57,20 @@ test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
 test-all: $(STAMP)  ## everything, with many more property-test examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-torch: $(TORCH_STAMP)  ## what depends on torch's insides, with another release: TORCH=2.11.0
+	$(TORCH_VENV)/bin/python -c "import torch; print('torch', torch.__version__)"
+	$(TORCH_VENV)/bin/python -m pytest -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
+
+# The pins of constraints.txt but for torch, setuptools (torch 2.11 and 2.12 want one before 82) and numpy (the interpreter of
+# triton 3.6, which belongs to torch 2.11, wants one before 2.4).
+$(TORCH_STAMP): pyproject.toml constraints.txt
+	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
+	(grep -vE '^(torch|setuptools|numpy)==' constraints.txt; echo "torch==$(TORCH)"; echo "numpy<2.4") > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(TORCH_VENV)/constraints.txt torch "setuptools>=77"
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(TORCH_VENV)/constraints.txt --no-build-isolation -e ".[demo,dev]"
+	$(TORCH_VENV)/bin/python -c "import triton" 2>/dev/null || $(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TRITON)
+	touch $@
+
 lint: $(STAMP) typecheck  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,6 +100,6 @@ sweep-gpu:  ## from which context on the aligned read pays on this machine's GPU
 gpu-codegen: $(STAMP)  ## compile every generated Triton kernel for five GPU targets; needs no GPU
 	$(BIN)/python benchmarks/gpu_codegen.py --json results/gpu-codegen.json $(BENCH_ARGS)
 
-clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) build dist results .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+clean:  ## remove what the other targets made, virtual environments included
+	rm -rf $(VENV) .venv-torch-* build dist results .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

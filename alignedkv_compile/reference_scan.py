@@ -1,8 +1,8 @@
 """The read in the order of steps of a GPU, in eager torch: what ``scan`` and ``finish`` compute (docs/gpu.md).
 
-It differs from :mod:`alignedkv_compile.reference` in when things are known, not in what they are held to. Every threshold follows
-from one pass over the 4-bit plane of K: ``R``, which the other order takes from 4-bit rows of V, is estimated from the means of V
-over blocks. The estimate is checked against the output.
+It differs from :mod:`alignedkv_compile.reference` in when things are known, not in what they are held to. Every threshold
+follows from one pass over the 4-bit plane of K: ``R``, which the other order takes from 4-bit rows of V, is estimated from the
+means of V over blocks. The estimate is checked against the output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import torch
 
 from .arena import ArenaViews, arena_views, unpack_row_order, unpack_scales
 from .layout import BLOCK_ROWS, CODE_RANGE, MIDDLE_STEP, PLANES_VALID, SCALES_BYTES, ArenaLayout, arena_layout
-from .precision import LARGEST_NORM_RATIO, LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
+from .precision import (
+    LARGEST_NORM_RATIO,
+    LARGEST_SHIFT,
+    LARGEST_STEP,
+    NORM_RANGE,
+    SMALLEST_TOP,
+    STEPS,
+    STREAM_FRACTION,
+    evaluate,
+    middle_ratios,
+)
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -30,21 +40,19 @@ from .reference_head import (
 )
 from .reference_query import Int8Query
 
-STEPS = 1024
-"""Steps of a stored score per power of two: a stored score is off by at most 1 / 2048 of a power of two, a weight by 0.034 %."""
-
-LARGEST_STEP = 32767
-"""Largest stored score, 32 powers of two above a program's reference; a pair that has a larger one is streamed."""
-
-SMALLEST_TOP = -16
-"""Where the largest score of a query row is further below a program's reference, in powers of two, its pair is streamed."""
-
 
 @dataclass
 class ScanCounts(ReadCounts):
-    """What was read, and how often the order of steps had to give up: pairs streamed because no plane says enough (stale, special
-    numbers, short spans), programs that streamed their share because its read would save nothing, pairs streamed because refinement
-    has shown the thresholds wrong. Candidates are rows that are chosen from the 4-bit plane."""
+    """What was read, and how often this order of steps had to give up.
+
+    Attributes:
+        pairs: (batch, KV head) pairs read.
+        pairs_unread: streamed because their planes say too little: stale, special numbers, short spans.
+        shares_streamed: programs that streamed their share because its read would save nothing.
+        pairs_misjudged: streamed because what was read has shown the limits wrong.
+        candidates: rows listed for more than the 4-bit plane of K.
+        largest_norm_ratio: of the estimate of ``R`` to the output's norm.
+    """
 
     pairs: int = 0
     pairs_unread: int = 0

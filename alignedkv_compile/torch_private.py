@@ -1,7 +1,8 @@
 """Every private name of torch that this package uses, each with the reason why no public one does.
 
-torch is held to one minor release in ``pyproject.toml``; moving to the next one is a change of this file. Imports of the
-compiler itself stand inside functions: importing the package must not cost the seconds that Inductor takes to import.
+Those that ``lowering/`` builds on are in ``inductor_private.py``. What differs between the releases that ``pyproject.toml``
+allows is settled in these two files, by asking for what a release has, not for its number. Imports of the compiler itself
+stand inside functions: importing the package must not cost the seconds that Inductor takes to import.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import torch
 import torch.fx
 from torch._guards import detect_fake_mode as detect_fake_mode  # side buffers' fakes must live in Dynamo's own mode
 from torch._inductor import config as inductor_config  # the entries that `options={"inductor": ...}` may name
-from torch._inductor import list_mode_options  # what Inductor itself turns a mode into
+from torch._inductor import (
+    custom_graph_pass,  # what a slot for passes may hold
+    list_mode_options,  # what Inductor itself turns a mode into
+)
 from torch._inductor.custom_graph_pass import CustomGraphPass  # the only way to add to the key of Inductor's caches
 from torch._logging import trace_structured  # TORCH_TRACE has no public writer
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # to tell operators with hidden bodies from plain functions
@@ -27,6 +31,7 @@ from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true  # compares without guarding
+from torch.utils._pytree import tree_leaves as tree_leaves  # the containers that FX's own arguments may be
 
 CompiledGraph = Callable[..., Sequence[object]]
 """What Inductor makes of a graph: called with the graph's inputs, returns its outputs."""
@@ -68,6 +73,39 @@ class PostGradPass(CustomGraphPass):
         """Leaves the graph as it is."""
 
 
+_InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # since torch 2.12
+
+
+class PassSequence(_InferenceAwarePass or CustomGraphPass):  # type: ignore[misc]
+    """Several passes for a slot that takes one, as in torch 2.11 and 2.12.
+
+    Args:
+        passes: run in this order.
+    """
+
+    def __init__(self, *passes: Callable[..., None]) -> None:
+        self._passes = passes
+
+    def uuid(self) -> tuple[object, ...] | None:
+        """Those of all passes; None, which keeps the graph out of Inductor's caches, if one has none."""
+        parts = tuple(one.uuid() if isinstance(one, CustomGraphPass) else None for one in self._passes)
+        return parts if all(parts) else None
+
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool = True) -> None:
+        for one in self._passes:
+            if _InferenceAwarePass is not None and isinstance(one, _InferenceAwarePass):
+                one(graph, is_inference)
+            else:
+                one(graph)
+
+
+def appended_pass(present: Any, added: CustomGraphPass) -> object:
+    """What a slot of Inductor's config for passes must hold for ``added`` to run after what is ``present`` there."""
+    if not hasattr(custom_graph_pass, "get_custom_graph_passes"):  # a slot holds one pass or None
+        return added if present is None else PassSequence(present, added)
+    return [*custom_graph_pass.get_custom_graph_passes(present), added]
+
+
 def compile_graph(
     module: torch.fx.GraphModule,
     example_inputs: Sequence[object],
@@ -83,14 +121,16 @@ def compile_graph(
         post_grad: appended to ``post_grad_custom_post_pass``, after whatever stands there.
     """
     from torch._inductor.compile_fx import compile_fx  # torch.compile itself would trace through Dynamo again
-    from torch._inductor.custom_graph_pass import get_custom_graph_passes  # the slot holds None, one pass or several
+
+    from .inductor_private import repaired_bounds_checks
 
     patches = dict(patches)
-    if post_grad is not None:
-        slot = "post_grad_custom_post_pass"
-        present = patches.get(slot, getattr(inductor_config, slot))
-        patches[slot] = [*get_custom_graph_passes(present), post_grad]  # type: ignore[arg-type]
-    return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
+    if post_grad is None:
+        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
+    slot = "post_grad_custom_post_pass"
+    patches[slot] = appended_pass(patches.get(slot, getattr(inductor_config, slot)), post_grad)
+    with repaired_bounds_checks():
+        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
 
 
 def passes_through_backends() -> tuple[type[BaseException], ...]:

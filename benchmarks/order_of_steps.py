@@ -57,7 +57,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One context. ``candidates`` are rows that the GPU's order lists, over all rows; the rest counts pairs and programs of all."""
+    """One context.
+
+    Attributes:
+        candidates: rows that the GPU's order lists, over all rows.
+        pairs, pairs_unread, pairs_misjudged, shares_streamed, largest_norm_ratio: as in
+            :class:`~alignedkv_compile.reference_scan.ScanCounts`.
+    """
 
     context: int
     cpu: Order
@@ -137,9 +143,7 @@ def table(results: list[Comparison]) -> Table:
 def main(
     text: Annotated[str, typer.Option(help="A text of `alignedkv eval`.")] = "code",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    contexts: Annotated[
-        str, typer.Option(help="Cache rows, the decoded token's included; at most 8000.")
-    ] = "2048,4096,8000",
+    contexts: Annotated[str, typer.Option(help="Cache rows, the decoded token's included; at most 8000.")] = "2048,4096,8000",
     tolerance: Annotated[float, typer.Option(help="Of the read.")] = 2.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:

@@ -12,12 +12,16 @@ from pathlib import Path
 
 from .isa import chosen_isa
 
-_SOURCES = ("layout.py", "precision.py", "worst_case.py", "ops.py")
+_SOURCES = ("layout.py", "precision.py", "worst_case.py", "ops.py", "inductor_private.py")
 """Files of the package, besides this folder, whose text decides what code is generated."""
 
 
+@functools.cache
 def register() -> None:
-    """Register the lowerings with Inductor; harmless when repeated. Imports Inductor, which takes a second."""
+    """Register the lowerings with Inductor; harmless when repeated. Imports Inductor, which takes a second.
+
+    Whatever Inductor has registered itself is replaced: it makes a fallback of an operator that it meets earlier than this.
+    """
     from . import attention, quantize
 
     quantize.register()

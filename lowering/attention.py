@@ -8,11 +8,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.virtualized import V
 
 from .. import layout, ops, precision, worst_case
+from ..inductor_private import V, ir, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
@@ -296,12 +294,11 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
 
 
 def register() -> None:
-    """Register the lowerings; harmless when repeated."""
+    """Register the lowerings."""
     for overload, extras in (
         (ops.aligned_read_attention.default, ()),
         (ops.aligned_read_attention.counted, ("counters", "site")),
         (ops.certified_read_attention.default, ("bounds", "site")),
         (ops.certified_read_attention.counted, ("bounds", "counters", "site")),
     ):
-        if overload not in lowerings:
-            register_lowering(overload, type_promotion_kind=None)(_lowering(*extras))
+        register_lowering(overload, type_promotion_kind=None)(_lowering(*extras))

@@ -15,12 +15,8 @@ from typing import cast
 import jinja2
 import sympy
 import torch
-import torch._inductor.lowering  # first: Inductor's modules import each other in a circle
-from torch._inductor import ir
-from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
-from torch._inductor.codegen.cpp_utils import cexpr_index
-from torch._inductor.utils import Placeholder, parallel_num_threads
+
+from ..inductor_private import CppTemplate, CppTemplateKernel, Placeholder, cexpr_index, ir, parallel_num_threads
 
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

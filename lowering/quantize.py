@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import sympy
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.virtualized import V
 
 from .. import layout, ops
+from ..inductor_private import V, ir, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render
@@ -68,6 +66,5 @@ def _lower(planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positio
 
 
 def register() -> None:
-    """Register the lowering; harmless when repeated."""
-    if ops.quantize_on_write.default not in lowerings:
-        register_lowering(ops.quantize_on_write.default, type_promotion_kind=None)(_lower)
+    """Register the lowering."""
+    register_lowering(ops.quantize_on_write.default, type_promotion_kind=None)(_lower)

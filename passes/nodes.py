@@ -11,9 +11,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-from alignedkv_compile.torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket, statically_known_true
+from alignedkv_compile.torch_private import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    statically_known_true,
+    tree_leaves,
+)
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -63,7 +68,7 @@ def fake(node: Node) -> torch.Tensor:
 
 def tensors_of(node: Node) -> Iterator[torch.Tensor]:
     """Every fake tensor inside a node's value (``chunk`` yields several)."""
-    return (leaf for leaf in pytree.tree_leaves(example(node)) if isinstance(leaf, torch.Tensor))
+    return (leaf for leaf in tree_leaves(example(node)) if isinstance(leaf, torch.Tensor))
 
 
 def storage_of(tensor: torch.Tensor) -> int | None:
@@ -155,7 +160,7 @@ def mutated_by(node: Node) -> tuple[Node, ...]:
 
 
 def _inputs(value: object) -> tuple[Node, ...]:
-    return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Node))
+    return tuple(leaf for leaf in tree_leaves(value) if isinstance(leaf, Node))
 
 
 def _written_by_schema(node: Node, overload: OpOverload) -> tuple[Node, ...]:

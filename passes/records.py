@@ -203,8 +203,8 @@ class SiteReport:
         where: module path or source line from the node's metadata, "" when unknown.
         cache: names of the K and V sources.
         shape: query and cache shapes as text.
-        reason: why it was declined or left to stock attention; of one that was rewritten for a GPU, below which context it reads
-            every bit; else "".
+        reason: why it was declined or left to stock attention; of one that was rewritten for a GPU, below which context
+            it reads every bit; else "".
     """
 
     index: int

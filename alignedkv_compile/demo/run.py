@@ -48,7 +48,8 @@ def run(settings: Settings, console: Console, load: Callable[[], LoadedModel] = 
         past, reference = _prefill(progress, loaded, document, settings)
         _step(progress, "starting the C++ compiler", warm_up_compiler)
         options = {"tolerance": settings.tolerance, "stats": True}
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), stock_and_aligned(loaded.model, options) as variants:
+        recompiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)  # type: ignore[attr-defined]
+        with recompiling, stock_and_aligned(loaded.model, options) as variants:
             comparisons = tuple(_compare_all(progress, variants, past, document, settings))
             qualities, continuations = _check(progress, variants, loaded, past, document, reference, settings)
             found = report()

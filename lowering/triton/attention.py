@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.virtualized import V
-from torch.utils._sympy.functions import FloorDiv
 
 from ... import precision
+from ...inductor_private import DeviceProperties, FloorDiv, V, ir
 from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, ArenaLayout
 from .constants import head_constants, power_of_two
 from .kernel import contiguous, emit, scratch
@@ -28,10 +25,6 @@ from .tuning import read_launches, splits
 STATISTIC_FIELDS = 9
 LIMIT_FIELDS = 7
 COUNTERS = 9
-STEPS = 1024
-"""Steps of a stored score per power of two."""
-SCORE_LIMIT = 32767
-"""Largest stored score; one that is larger has the pair streamed."""
 PROHIBITED = -32768
 """Stored score of a row that the query row does not attend to."""
 LARGEST_GROUP = 32
@@ -89,7 +82,9 @@ class Read:
         mask = inputs.get("mask")
         self.mask_kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
         element = key.get_dtype()
-        self.launches = read_launches(max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize, hip=_is_hip())
+        self.launches = read_launches(
+            max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize, hip=_is_hip()
+        )
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
             **self.launches.tiles,
@@ -124,8 +119,9 @@ class Read:
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
-            "STEPS": STEPS,
-            "SCORE_LIMIT": float(SCORE_LIMIT),
+            "STEPS": precision.STEPS,
+            "SCORE_LIMIT": float(precision.LARGEST_STEP),
+            "SMALLEST_TOP": float(precision.SMALLEST_TOP),
             "PROHIBITED": PROHIBITED,
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
@@ -179,7 +175,9 @@ class Read:
             "COHERENT": self.scratch(torch.bfloat16, splits, padded, dim),
         }
         written = {**scores, **sums}
-        limits = self.emit("scan", {**query, **planes, **written, **mask}, ["PLANES", *written], self.floats(LIMIT_FIELDS, padded))
+        limits = self.emit(
+            "scan", {**query, **planes, **written, **mask}, ["PLANES", *written], self.floats(LIMIT_FIELDS, padded)
+        )
         rows = self.share * BLOCK_ROWS
         counts = {"COUNTS": self.scratch(torch.int32, splits, COUNTERS)}
         lists = {

@@ -18,13 +18,17 @@ from typing import Any
 
 import sympy
 import torch
-import torch._inductor.lowering  # first: Inductor's modules import each other in a circle
-from torch._inductor import ir
-from torch._inductor.codegen.triton import texpr
-from torch._inductor.lowering import empty_strided
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel, autotune_select_algorithm
 
 from ... import layout, ops
+from ...inductor_private import (
+    SymbolicGridFn,
+    TritonTemplate,
+    TritonTemplateKernel,
+    choose_by_benchmark,
+    empty_strided,
+    ir,
+    texpr,
+)
 from .shared import shared_functions
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -82,9 +86,7 @@ def template(name: str) -> Template:
         place = re.search(rf"^( *)\{{\{{{part}\}}\}}$", text, re.MULTILINE)
         if place is not None:
             text = text.replace(place[0], textwrap.indent(included.rstrip(), place[1]))
-    made = Template(
-        f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(), always_freeze_layout=True
-    )
+    made = Template(f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions())
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
         layout=layout,
@@ -144,8 +146,7 @@ def emit(
             raise error
     if len(choices) == 1:  # nothing to choose: no benchmark, and no key in a tuning cache
         return choices[0].output_node()
-    result, _ = autotune_select_algorithm(f"alignedkv_{name}", choices, nodes, output)
-    return result
+    return choose_by_benchmark(f"alignedkv_{name}", choices, nodes, output)
 
 
 def scratch(device: torch.device, dtype: torch.dtype, *size: object) -> ir.TensorBox:

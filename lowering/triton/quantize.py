@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.virtualized import V
 
+from ...inductor_private import V, ir
 from ...layout import BLOCK_ROWS, ArenaLayout
 from .constants import head_constants
 from .kernel import contiguous, emit

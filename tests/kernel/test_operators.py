@@ -7,7 +7,7 @@ import torch
 from cases import exact, make_case, relative_errors, run_kernel, run_write, write_planes
 from torch import library
 
-from alignedkv_compile import arena, ops
+from alignedkv_compile import arena, lowering, ops
 from alignedkv_compile.layout import arena_layout
 
 
@@ -58,3 +58,15 @@ def test_a_cache_of_more_than_two_gib() -> None:
     assert relative_errors(result.output, exact(small)).max() <= 6 * small.tolerance * 0.4247 * small.roundoff
     assert result.counts["rows"] == live
     assert result.counts["bytes_read"] < result.counts["bytes_full"]
+
+
+def test_our_lowerings_replace_inductors_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor makes a fallback of an operator that it meets before the lowerings are registered."""
+    from torch._inductor.lowering import lowerings
+
+    lowering.register()
+    for overload in (ops.quantize_on_write.default, ops.aligned_read_attention.default):
+        monkeypatch.setitem(lowerings, overload, "a fallback")
+    lowering.register.cache_clear()
+    lowering.register()
+    assert all(callable(lowerings[each]) for each in (ops.quantize_on_write.default, ops.aligned_read_attention.default))

@@ -87,6 +87,8 @@ def test_query_lengths(harness, kind: str, rows: int, outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_self_attention_of_an_encoder_decoder(harness, kind: str) -> None:
+    if kind == "static" and torch.__version__ < (2, 12):
+        pytest.skip("Dynamo of torch 2.11 fails on a filled StaticCache of cross-attention, whatever the backend")
     model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)).eval()
     cache = EncoderDecoderCache(*(make_cache(kind, model) for _ in range(2)))
     encoded = model.model.encoder(torch.arange(9)[None])

@@ -15,7 +15,14 @@ import pytest
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_codegen.py"
 READ = ("scan", "finish", "repair", "scan masked", "finish masked", "repair masked")
 KERNELS = ("quantize_on_write", *READ, "stream at tolerance 0", "combine at tolerance 0")
-MOST_REGISTERS = {"scan": 128, "repair": 128, "stream at tolerance 0": 128, "scan masked": 144, "finish": 168, "finish masked": 168}
+MOST_REGISTERS = {
+    "scan": 128,
+    "repair": 128,
+    "stream at tolerance 0": 128,
+    "scan masked": 144,
+    "finish": 168,
+    "finish masked": 168,
+}
 """With 128 of them a multiprocessor holds four programs of 4 warps, with 168 three."""
 WIDE_LOADS = {"scan": 4, "finish": 16}
 """So many 16-byte loads at least, beside the asynchronous copies of pipelined loops: the planes' rows (64 bytes at this head
@@ -42,7 +49,9 @@ def test_every_kernel_compiles_and_none_spills(compiled: dict[str, dict[str, Any
 
 
 def test_registers_leave_room_for_several_programs(compiled: dict[str, dict[str, Any]]) -> None:
-    assert {name: compiled[name]["registers"] for name, most in MOST_REGISTERS.items() if compiled[name]["registers"] > most} == {}
+    assert {
+        name: compiled[name]["registers"] for name, most in MOST_REGISTERS.items() if compiled[name]["registers"] > most
+    } == {}
 
 
 def test_the_scan_takes_no_more_instructions_per_row_than_the_prototype(compiled: dict[str, dict[str, Any]]) -> None:
