@@ -15,9 +15,9 @@ LEAST_CONTEXT = 512
 """Rows below which there is nothing to save on any device: block means and thresholds need some."""
 
 ROWS_PER_PROCESSOR = 1024
-"""An estimate until ``make sweep-gpu`` has measured it. On an H200 (132 multiprocessors) prototypes of the two reads took 66 and
-110 microseconds per million rows of 512 bytes, so a row saves 44 picoseconds; two more launches and their tails are put at 6
-microseconds. That is 136,000 rows, 1,030 per multiprocessor; with fewer of them a row saves more time in proportion."""
+"""An estimate until ``make sweep-gpu`` has measured it. On an H200 (132 multiprocessors) prototypes of the two reads took 66
+and 110 microseconds per million rows of 512 bytes, so a row saves 44 picoseconds; two more launches and their tails are put at
+6 microseconds. That is 136,000 rows, 1,030 per multiprocessor; with fewer of them a row saves more time in proportion."""
 
 
 def least_context(device: torch.device, pairs: int) -> int:

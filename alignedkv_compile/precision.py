@@ -61,8 +61,8 @@ were wrong, by a row of large norm that 4 bits misread, and the cache is streame
 heads of peaked attention whose promise is kept anyway."""
 
 LARGEST_NORM_RATIO = 2
-"""Factor by which the output may turn out smaller than the norm ``R`` that a GPU's kernels estimate, before they read V, from means
-over blocks. Beyond it the thresholds were too large by more than that, and the cache is streamed."""
+"""Factor by which the output may turn out smaller than the norm ``R`` that a GPU's kernels estimate, before they read V, from
+means over blocks. Beyond it the thresholds were too large by more than that, and the cache is streamed."""
 
 STEPS = 1024
 """Steps of a GPU's stored scores per power of two: an int16 is off by at most half a step, a weight by 0.034 %."""

@@ -237,7 +237,8 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
         theta.append(evaluate("threshold", B=allowed, E=max(evaluate("addend_sum", **found), 1e-30), **common))
         tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / middle_value, **found))
         key_4.append(evaluate("key_coefficient", b=4, q=q))
-    return Limits(log2_total, radius, *(torch.tensor(one, device=norm.device) for one in (theta, tau, key_4)), rms=rms)
+    thetas, taus, key_4s = (torch.tensor(one, device=norm.device) for one in (theta, tau, key_4))
+    return Limits(log2_total, radius, thetas, taus, key_4s, rms)
 
 
 def _finish(
@@ -274,8 +275,7 @@ def _finish(
     alone = torch.zeros_like(rows.live)
     for program in range(splits):
         own = (share == program) & rows.live
-        full = int(own.sum()) * (row_key + row_value)
-        if float(predicted[own].sum()) > float(STREAM_FRACTION) * full:
+        if float(predicted[own].sum()) > float(STREAM_FRACTION) * int(own.sum()) * (row_key + row_value):
             counts.shares_streamed += 1
             alone |= own
     counts.candidates += int(kept.sum())

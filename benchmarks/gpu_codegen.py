@@ -398,9 +398,9 @@ def main(
     )
     for entry in figures:
         loads = ", ".join(f"{width} x {count}" for width, count in sorted(entry.loads.items(), key=lambda pair: -int(pair[0])))
-        numbers = (entry.dim, entry.kernel, entry.warps, entry.registers, entry.spilled_bytes, entry.shared_bytes)
-        numbers = (*numbers, entry.loop_instructions, loads)
-        table.add_row(entry.target, *map(str, numbers), ", ".join(entry.tensor_core))
+        numbers = (entry.warps, entry.registers, entry.spilled_bytes, entry.shared_bytes, entry.loop_instructions)
+        tensor_cores = ", ".join(entry.tensor_core)
+        table.add_row(entry.target, str(entry.dim), entry.kernel, *map(str, numbers), loads, tensor_cores)
     rich.get_console().print(table)
 
 
