@@ -68,10 +68,11 @@ STEPS = 1024
 """Steps of a GPU's stored scores per power of two: an int16 is off by at most half a step, a weight by 0.034 %."""
 
 LARGEST_STEP = 32767
-"""Largest stored score, 32 powers of two above a program's reference; where one is larger, the cache is streamed."""
+"""Largest stored score, 32 powers of two above a program's reference, the largest score of its first block; where one is
+larger, the program takes the largest of all and starts again."""
 
 SMALLEST_TOP = -16
-"""Powers of two by which a program's largest score may lie below its reference; an int16 says too little then."""
+"""Powers of two by which a program's largest score may lie below its reference, before it starts again likewise."""
 
 NORM_RANGE = (1e-15, 1e15)
 """When the rms norm of the V rows lies outside, squares of errors leave the range of float32, and the cache is streamed."""

@@ -71,7 +71,21 @@ class Limits:
     theta: torch.Tensor
     tau: torch.Tensor
     key_4: torch.Tensor
+    budget: torch.Tensor
+    addends: torch.Tensor
     rms: float
+    live_rows: int
+
+    def after(self, left: torch.Tensor) -> torch.Tensor:
+        """``theta`` once ``left`` (a sum of squares per query row) of the budget is spent."""
+        rows = zip(self.budget.tolist(), self.addends.tolist(), left.tolist(), strict=True)
+        return torch.tensor(
+            [
+                evaluate("threshold", B=evaluate("remaining_budget", B=allowed, left=spent), E=addends, N=self.live_rows)
+                for allowed, addends, spent in rows
+            ],
+            device=left.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,8 +181,8 @@ def _read_pair(
     if lenient or not bool(torch.isfinite(rows.key_scale + rows.value_scale)[rows.live].all()):
         return None
     scores = _scan(call, views, head, rows, share, splits)
-    limits = None if scores is None else _limits(call, rows, scores)
-    if scores is None or limits is None:
+    limits = _limits(call, rows, scores)
+    if limits is None:
         return None
     output = _finish(call, views, head, rows, share, splits, scores, limits, counts)
     if output is None:
@@ -181,8 +195,8 @@ def _read_pair(
     return output
 
 
-def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int) -> torch.Tensor | None:
-    """Scores ``[M, T]`` as powers of two, as they are stored; None where one does not fit its program's int16."""
+def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int) -> torch.Tensor:
+    """Scores ``[M, T]`` as powers of two, as they are stored: relative to a reference of each program."""
     key_dim, length = call.key.shape[-1], call.key.shape[0]
     query = Int8Query.rounded(hadamard(call.query))
     high = key_nibbles(views, head)[:length, :key_dim].float()
@@ -196,10 +210,9 @@ def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch
         block = scores[:, first * BLOCK_ROWS : (first + 1) * BLOCK_ROWS]
         reference = block.amax(-1, keepdim=True)
         reference = torch.where(torch.isfinite(reference), reference, 0.0)
-        relative = scores[:, own] - reference
-        top = relative.amax(-1)
-        if bool(((top > LARGEST_STEP / STEPS) | ((top < SMALLEST_TOP) & (top > -math.inf))).any()):
-            return None
+        top = (scores[:, own] - reference).amax(-1, keepdim=True)
+        off = (top > LARGEST_STEP / STEPS) | ((top < SMALLEST_TOP) & (top > -math.inf))
+        relative = scores[:, own] - (reference := torch.where(off, reference + top, reference))
         steps = torch.round(relative * STEPS).clamp_min(-LARGEST_STEP)
         scores[:, own] = torch.where(relative == -math.inf, relative, steps / STEPS + reference)
     return scores
@@ -222,7 +235,7 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
     query_norm = hadamard(call.query).norm(dim=-1) * abs(call.scale)
     _, middle_value = middle_ratios(ArenaLayout(1, 1, call.key.shape[-1], value_dim), call.key.element_size())
     common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms, "D": value_dim}
-    theta, tau, key_4 = [], [], []
+    theta, tau, key_4, budgets, addends = [], [], [], [], []
     for row, q in enumerate(query_norm.tolist()):
         found = {
             **common,
@@ -234,11 +247,13 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
             "P_sV": float(weights[row] @ value_scale),
         }
         allowed = evaluate("budget", **found)
-        theta.append(evaluate("threshold", B=allowed, E=max(evaluate("addend_sum", **found), 1e-30), **common))
+        budgets.append(allowed)
+        addends.append(max(evaluate("addend_sum", **found), 1e-30))
+        theta.append(evaluate("threshold", B=allowed, E=addends[-1], **common))
         tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / middle_value, **found))
         key_4.append(evaluate("key_coefficient", b=4, q=q))
-    thetas, taus, key_4s = (torch.tensor(one, device=norm.device) for one in (theta, tau, key_4))
-    return Limits(log2_total, radius, thetas, taus, key_4s, rms)
+    columns = (torch.tensor(one, device=norm.device) for one in (theta, tau, key_4, budgets, addends))
+    return Limits(log2_total, radius, *columns, rms=rms, live_rows=live_rows)  # type: ignore[misc, arg-type]
 
 
 def _finish(
@@ -283,6 +298,10 @@ def _finish(
     skipped = (weights * ~(kept | alone) * rows.live).nan_to_num(0.0)
     mass = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - length)).view(-1, blocks, BLOCK_ROWS).sum(-1)
     counts.bytes_read += int((mass > 0).any(0).sum()) * (4 + 4 * value_dim)
+
+    # what rows of K left at 4 bits have spent of the budget, each program for all
+    spent = torch.where(rows.live & ~refined, errors, 0.0).square().nan_to_num(0.0)
+    theta = torch.stack([limits.after(spent[:, share == program].sum(-1) * splits) for program in range(splits)])[share].T
     refined, kept = refined & ~alone, kept & ~alone
 
     # 2. four more bits of K; 3. the rows of K that deserve all

@@ -23,7 +23,7 @@ from .kernel import contiguous, emit, scratch
 from .tuning import read_launches, splits
 
 STATISTIC_FIELDS = 9
-LIMIT_FIELDS = 7
+LIMIT_FIELDS = 10
 COUNTERS = 9
 PROHIBITED = -32768
 """Stored score of a row that the query row does not attend to."""

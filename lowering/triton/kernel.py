@@ -81,11 +81,13 @@ def template(name: str) -> Template:
     """The template ``templates/<name>.py.jinja`` with the shared setup and functions; Inductor knows it by
     ``alignedkv_<name>``."""
     text = (_TEMPLATES / f"{name}.py.jinja").read_text()
-    for part in ("setup", "stream_share"):
-        included = (_TEMPLATES / f"{part}.py.jinja").read_text()
-        place = re.search(rf"^( *)\{{\{{{part}\}}\}}$", text, re.MULTILINE)
-        if place is not None:
-            text = text.replace(place[0], textwrap.indent(included.rstrip(), place[1]))
+    for part in ("setup", "scan_share", "stream_share"):
+        included = (_TEMPLATES / f"{part}.py.jinja").read_text().rstrip()
+
+        def indented(place: re.Match[str], included: str = included) -> str:
+            return textwrap.indent(included, place[1])
+
+        text = re.sub(rf"^( *)\{{\{{{part}\}}\}}$", indented, text, flags=re.MULTILINE)
     made = Template(f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions())
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(

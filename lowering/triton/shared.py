@@ -67,6 +67,7 @@ def _formulas() -> str:
             print_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n", "theta_4")),
             print_function("addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), ("D",)),
             print_function("threshold", "threshold", ("B", "E", "N")),
+            print_function("remaining_budget", "remaining_budget", ("B", "left")),
             print_function("key_coefficient_4", "key_coefficient", ("q",), values={"b": 4}),
             print_function("weight_error_factor", "weight_error_factor", ("x",), double=False),
         ]

@@ -44,7 +44,7 @@ def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = F
         rows = 16
     warps = 8 if (dim > 128 or query_rows > 16) and not hip else 4
     tiles = {
-        "CHUNK": 4 if query_rows <= 4 else 2 if query_rows <= 8 else 1,
+        "CHUNK": 2 if query_rows <= 8 else 1,
         "KEYS": 32,
         "EXACT": 16,
         "VALUES": 32,

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from alignedkv_compile.lowering.isa import machine_isa
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.rebuild import post_grad_pass
 from alignedkv_compile.reference_head import hadamard
+from alignedkv_compile.reference_scan import ScanCounts, read_scanned
 
 SUM_ERROR = 2.0**-21
 """Relative error of a float32 attention over a few thousand rows, as a multiple of the rms of its addends: the summation-order
@@ -167,6 +168,14 @@ def _run(call: Callable[..., torch.Tensor], case: Case, planes: torch.Tensor | N
 
 def run_reference(case: Case, planes: torch.Tensor | None) -> Result:
     return _run(ops.aligned_read_attention.counted, case, planes)
+
+
+def run_scanned(case: Case, planes: torch.Tensor, splits: int = 8) -> tuple[Result, ScanCounts]:
+    """The reference of a GPU's order of steps, with ``splits`` programs to a pair, and all that it counts."""
+    counts = ScanCounts()
+    query, key, value, _, *rest = case.arguments(None)
+    output = read_scanned(query, key, value, planes, *rest, splits=splits, counts=counts)  # type: ignore[arg-type]
+    return Result(output, {name: asdict(counts).get(name, 1) for name in ops.COUNTER_FIELDS}), counts
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ It is a statement about independent rounding errors. Where errors are alike beca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from cases import added_error_in_rho, exact, run_kernel, run_reference, write_planes
+from cases import Case, Result, added_error_in_rho, exact, run_kernel, run_reference, run_scanned, write_planes
 from strategies import COHERENT, DTYPES, VALUES, Recipe
 
 from alignedkv_compile.demo.model import DemoUnavailableError, find_weights
@@ -16,12 +18,19 @@ from alignedkv_compile.demo.model import DemoUnavailableError, find_weights
 SEEDS = range(3)
 
 
-def added(recipe: Recipe) -> tuple[torch.Tensor, float]:
+ORDERS: dict[str, Callable[[Case, torch.Tensor], Result]] = {
+    "CPU": run_reference,
+    "GPU": lambda case, planes: run_scanned(case, planes)[0],
+}
+"""The reference in the order of steps of the generated C++, and of the generated Triton."""
+
+
+def added(recipe: Recipe, order: str = "CPU") -> tuple[torch.Tensor, float]:
     """Added errors of all outputs in units of rho, and the share of the bytes that was read, over :data:`SEEDS`."""
     errors, read, full = [], 0, 0
     for seed in SEEDS:
         case = Recipe(**{**vars(recipe), "seed": seed}).case()
-        result = run_reference(case, write_planes(case))
+        result = ORDERS[order](case, write_planes(case))
         errors.append(added_error_in_rho(case, result.output))
         read, full = read + result.counts["bytes_read"], full + result.counts["bytes_full"]
     return torch.cat(errors), read / full
@@ -33,18 +42,20 @@ def added(recipe: Recipe) -> tuple[torch.Tensor, float]:
 @pytest.mark.parametrize(
     "tolerance", [1.0, pytest.param(2.0, marks=pytest.mark.slow), pytest.param(4.0, marks=pytest.mark.slow)]
 )
-def test_added_error_is_within_tolerance(values: str, peak: float, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_added_error_is_within_tolerance(values: str, peak: float, dtype: torch.dtype, tolerance: float, order: str) -> None:
     shape = {"heads": 1, "group": 2, "rows": 700, "key_dim": 64, "value_dim": 64}
     recipe = Recipe(**shape, dtype=dtype, values=values, peak=peak, tolerance=tolerance)
-    errors, _ = added(recipe)
+    errors, _ = added(recipe, order)
     rms = float(errors.square().mean().sqrt())
     assert rms <= COHERENT.get(values, 1.0) * tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_are_skipped_while_the_promise_is_kept(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_bits_are_skipped_while_the_promise_is_kept(dtype: torch.dtype, order: str) -> None:
     recipe = Recipe(group=3, rows=900, key_dim=64, value_dim=64, dtype=dtype, peak=4.0, tolerance=4.0)
-    errors, share = added(recipe)
+    errors, share = added(recipe, order)
     assert share < 0.7
     assert float(errors.min()) > 0.001
     assert float(errors.square().mean().sqrt()) <= 4.0

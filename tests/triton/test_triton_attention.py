@@ -20,13 +20,14 @@ from cases import (
     make_case,
     relative_errors,
     run_kernel,
+    run_scanned,
     without_planes,
     write_planes,
 )
 from hypothesis import given, target
 from hypothesis import strategies as st
 from strategies import Recipe
-from triton_cases import row_ordered_planes, run_scanned, run_triton
+from triton_cases import programs, row_ordered_planes, run_triton
 from triton_interpreter import interpreted
 
 from alignedkv_compile import ops
@@ -56,11 +57,11 @@ SHAPES = [
 def test_agrees_with_the_reference(shape: dict[str, object]) -> None:
     case = make_case(**shape)  # type: ignore[arg-type]
     planes = write_planes(case)
-    result, expected = run_triton(case, row_ordered_planes(case)), run_scanned(case, planes)[0]
+    result, expected = run_triton(case, row_ordered_planes(case)), run_scanned(case, planes, programs(case))[0]
     assert relative_errors(result.output, expected.output.double()).max() <= agreement_budget(case)
     check_counts(result.counts, expected.counts)
     if case.roundoff < 2.0**-8:
-        assert_second_term(result, lambda: run_scanned(case, planes)[0])
+        assert_second_term(result, lambda: run_scanned(case, planes, programs(case))[0])
     assert result.counts["key_rows_mid"] > result.counts["key_rows_full"] > 0
     assert result.output.dtype == case.query.dtype
     if case.query.dtype == torch.float32:
@@ -95,7 +96,7 @@ def test_when_all_bits_are_read(reason: str) -> None:
     if reason == "extreme norms":
         case = replace(case, value=case.value * 2.0**60)
     result = run_triton(case, row_ordered_planes(case, valid=reason != "stale"))
-    expected = run_scanned(case, write_planes(case, valid=reason != "stale"))[0]
+    expected = run_scanned(case, write_planes(case, valid=reason != "stale"), programs(case))[0]
     assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
     for name, count in expected.counts.items():
         assert name == "bytes_read" or result.counts[name] == count, name
@@ -106,7 +107,7 @@ def test_a_dominant_row_misread_at_4_bits_has_the_cache_streamed() -> None:
     """The other rows were chosen by weights 80 times too small. That all bits cost less was not predicted."""
     shape = {"heads": 1, "group": 2, "rows": 700, "key_dim": 64, "value_dim": 64, "dtype": torch.float16, "peak": 3.0}
     case = Recipe(**shape, values="dominant token", tolerance=1.0, seed=1).case()
-    result, expected = run_triton(case, row_ordered_planes(case)), run_scanned(case, write_planes(case))[0]
+    result, expected = run_triton(case, row_ordered_planes(case)), run_scanned(case, write_planes(case), programs(case))[0]
     assert relative_errors(result.output, expected.output.double()).max() <= 8 * SUM_ERROR
     assert 0 < expected.counts["key_rows_mid"] < 700 <= result.counts["key_rows_full"] == expected.counts["key_rows_full"]
 
@@ -136,7 +137,7 @@ def test_masks(name: str, tolerance: float) -> None:
     mask = masks(rows)[name]
     case = make_case(batch=2, query_rows=4, rows=rows, mask=mask, tolerance=tolerance)
     result = run_triton(case, row_ordered_planes(case))
-    expected = run_scanned(case, write_planes(case))[0]
+    expected = run_scanned(case, write_planes(case), programs(case))[0]
     stock = torch.nn.functional.scaled_dot_product_attention(
         case.query, case.key.float(), case.value.float(), mask if mask.dtype == torch.bool else mask.float(), enable_gqa=True
     )
@@ -194,7 +195,7 @@ def test_strided_operands_and_one_tensor_as_key_and_value() -> None:
     mask = torch.ones(1, 1, 1, 300, dtype=torch.bool).expand(2, 1, 3, 300)
     value = case.value.transpose(1, 2).contiguous().transpose(1, 2)
     strided = replace(case, key=key, value=value, query=query, mask=mask)
-    expected = run_scanned(case, write_planes(case))[0]
+    expected = run_scanned(case, write_planes(case), programs(case))[0]
     result = run_triton(strided, row_ordered_planes(case))
     assert relative_errors(result.output, expected.output.double()).max() <= agreement_budget(case)
     shared = replace(case, value=case.key)
@@ -251,7 +252,7 @@ def test_any_values(
         case.value[:] = 0
     elif special in {"tiny", "huge"}:
         case.value.mul_(2.0 ** (exponent if special == "huge" else -exponent))
-    result, expected = run_kernel(case, row_ordered_planes(case)), run_scanned(case, write_planes(case))[0]
+    result, expected = run_kernel(case, row_ordered_planes(case)), run_scanned(case, write_planes(case), programs(case))[0]
     if special == "zeros":
         assert not result.output.any()
         return

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "skip_threshold": ("skip_threshold", ("B", "N", "P_v", "n", "theta_4"), {}),
     "addend_sum": ("addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": 80}),
     "threshold": ("threshold", ("B", "E", "N"), {}),
+    "remaining_budget": ("remaining_budget", ("B", "left"), {}),
     "key_coefficient_4": ("key_coefficient", ("q",), {}),
     "weight_error_factor": ("weight_error_factor", ("x",), {}),
 }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from cases import Case, Result, run_kernel, run_write, write_planes
 from triton_interpreter import interpreted
 
-from alignedkv_compile import arena, ops
+from alignedkv_compile import arena
 from alignedkv_compile.layout import ArenaLayout, arena_layout
 from alignedkv_compile.lowering.triton.attention import EMULATED_PROCESSORS
 from alignedkv_compile.lowering.triton.tuning import splits
-from alignedkv_compile.reference_scan import ScanCounts, read_scanned
 
 
 def to_row_order(planes: torch.Tensor, layout: ArenaLayout) -> torch.Tensor:
@@ -34,14 +31,9 @@ def run_triton(case: Case, planes: torch.Tensor | None, **config: object) -> Res
         return run_kernel(case, planes)
 
 
-def run_scanned(case: Case, planes: torch.Tensor) -> tuple[Result, ScanCounts]:
-    """The reference of this order of steps, with as many programs to a pair as the interpreted kernels have, and all that it
-    counts."""
-    counts = ScanCounts()
-    query, key, value, _, *rest = case.arguments(None)
-    programs = splits(case.key.shape[0] * case.key.shape[1], EMULATED_PROCESSORS)
-    output = read_scanned(query, key, value, planes, *rest, splits=programs, counts=counts)  # type: ignore[arg-type]
-    return Result(output, {name: asdict(counts).get(name, 1) for name in ops.COUNTER_FIELDS}), counts
+def programs(case: Case) -> int:
+    """Programs to a pair of the interpreted kernels."""
+    return splits(case.key.shape[0] * case.key.shape[1], EMULATED_PROCESSORS)
 
 
 def write_triton(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int) -> None:
