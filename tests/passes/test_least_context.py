@@ -1,0 +1,74 @@
+"""The context below which a rewritten site reads every bit: the user's, or what pays on the device."""
+
+# ruff: noqa: ANN001 - functions that Dynamo traces read better bare
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from alignedkv_compile import break_even
+from alignedkv_compile.layout import BLOCK_ROWS
+from alignedkv_compile.options import Options
+from alignedkv_compile.passes import rewrite_graph
+from alignedkv_compile.torch_private import FakeTensorMode
+
+
+def layer(query, key, value, key_cache, value_cache, positions):
+    key_cache.index_copy_(2, positions, key)
+    value_cache.index_copy_(2, positions, value)
+    return F.scaled_dot_product_attention(query, key_cache, value_cache, enable_gqa=True)
+
+
+def site_and_argument(options: Options, device: str) -> tuple[str, int]:
+    """The report's reason for a decode step's site, and what its read has as ``min_context``."""
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(rewrite_graph(gm, example_inputs, options=options))
+        return gm.forward
+
+    with FakeTensorMode():
+        query, key, cache = (torch.empty(1, heads, rows, 16, device=device) for heads, rows in ((4, 1), (2, 1), (2, 64)))
+        inputs = query, key, key.clone(), cache, cache.clone(), torch.zeros(1, dtype=torch.int64, device=device)
+        torch.compile(layer, backend=backend, fullgraph=True)(*inputs)
+    (rewritten,) = found
+    (read,) = [node for node in rewritten.module.graph.nodes if "aligned_read_attention" in str(node.target)]
+    return rewritten.sites[0].reason, read.kwargs["min_context"]
+
+
+def test_cpus_read_every_bit_below_512_rows() -> None:
+    assert break_even.least_context(torch.device("cpu"), 1) == break_even.LEAST_CONTEXT == 512
+
+
+@pytest.mark.parametrize("processors", [16, 132])
+@pytest.mark.parametrize("pairs", [1, 8, 64, 4096])
+def test_on_a_gpu_pairs_share_the_rows(monkeypatch: pytest.MonkeyPatch, processors: int, pairs: int) -> None:
+    monkeypatch.setattr(break_even, "_processors", lambda device: processors)
+    least = break_even.least_context(torch.device("cuda"), pairs)
+    rows = break_even.ROWS_PER_PROCESSOR * processors
+    assert least % BLOCK_ROWS == 0
+    assert least == 512 or rows <= least * pairs < rows + BLOCK_ROWS * pairs
+    assert least >= break_even.LEAST_CONTEXT
+
+
+def test_a_device_that_is_not_there_counts_as_an_h200() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert break_even.least_context(torch.device("cuda"), 8) == 16896
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("asked", [None, 77])
+def test_the_report_says_below_which_context_a_gpu_streams(device: str, asked: int | None) -> None:
+    reason, argument = site_and_argument(Options(min_context=asked), device)
+    if asked is not None:
+        assert argument == asked
+    elif device == "cpu":
+        assert argument == 512
+    else:
+        assert argument > 512
+    assert (reason == "") is (device == "cpu")
+    if device != "cpu":
+        assert f"every bit below {argument} live rows" in reason
