@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 import torch.nn.functional as F
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def _no_older_graphs() -> None:
+    """``stats()`` sums over all live graphs, and those of earlier tests may live until their cycles are collected."""
+    gc.collect()
 
 
 def static_step(
