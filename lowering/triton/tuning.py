@@ -42,7 +42,7 @@ def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = F
     rows = 32 if wide else 64
     if dim > 256 or query_rows > 32:
         rows = 16
-    warps = 8 if (dim > 128 or query_rows > 16) and not hip else 4
+    warps = 8 if (dim > 128 or query_rows > 8) and not hip else 4
     tiles = {
         "CHUNK": 2 if query_rows <= 8 else 1,
         "KEYS": 32,
