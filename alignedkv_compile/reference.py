@@ -45,8 +45,8 @@ from .reference_head import (
     block_means,
     dequantize,
     dither,
-    group_bias,
     hadamard,
+    head_calls,
     key_nibbles,
     masked_scores,
     masked_softmax,
@@ -199,29 +199,13 @@ def _attention(
     """Every attention operator. With ``certificates``, float32 zeros ``[Hq]`` that are raised to this call's, each read is
     certified."""
     batch, query_heads, query_rows, _ = query.shape
-    heads, value_dim = key.shape[1], value.shape[-1]
-    group = query_heads // heads
+    group, value_dim = query_heads // key.shape[1], value.shape[-1]
     aligned = planes is not None and tolerance > 0 and int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value)) if planes is not None and aligned else None
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
-    for index in range(batch * heads):
-        b, h = divmod(index, heads)
-        selected = slice(h * group, (h + 1) * group)
-        bias, attended = group_bias(mask, b, selected, group, query_rows, length, query.device)
-        call = HeadCall(
-            query=query[b, selected].reshape(group * query_rows, -1).float(),
-            key=key[b, h, :length],
-            value=value[b, h, :length],
-            bias=bias,
-            attended=attended,
-            scale=scale,
-            tolerance=tolerance,
-            unit_roundoff=unit_roundoff,
-        )
-        live = attended.any(0).nonzero()
-        span = int(live[-1] - live[0]) + 1 if len(live) else 0
+    for index, b, selected, call in head_calls(query, key, value, mask, length, scale, tolerance, unit_roundoff):
         result = None
-        if views is not None and span >= max(min_context, 1) and torch.isfinite(call.query).all():
+        if views is not None and call.span >= max(min_context, 1) and torch.isfinite(call.query).all():
             if certificates is None:
                 result = _read_aligned(call, views, index, counts)
             else:

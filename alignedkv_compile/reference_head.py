@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
@@ -70,6 +71,46 @@ class HeadCall:
     scale: float
     tolerance: float
     unit_roundoff: float
+
+    @property
+    def span(self) -> int:
+        """Rows from the first to the last that a query row attends to."""
+        live = self.attended.any(0).nonzero()
+        return int(live[-1] - live[0]) + 1 if len(live) else 0
+
+
+def head_calls(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: int,
+    scale: float,
+    tolerance: float,
+    unit_roundoff: float,
+) -> Iterator[tuple[int, int, slice, HeadCall]]:
+    """Parts of an operator's call: index of the (batch, KV head) pair, batch entry, its group's query heads, and it."""
+    query_rows, heads = query.shape[2], key.shape[1]
+    group = query.shape[1] // heads
+    for index in range(query.shape[0] * heads):
+        b, h = divmod(index, heads)
+        selected = slice(h * group, (h + 1) * group)
+        bias, attended = group_bias(mask, b, selected, group, query_rows, length, query.device)
+        yield (
+            index,
+            b,
+            selected,
+            HeadCall(
+                query=query[b, selected].reshape(group * query_rows, -1).float(),
+                key=key[b, h, :length],
+                value=value[b, h, :length],
+                bias=bias,
+                attended=attended,
+                scale=scale,
+                tolerance=tolerance,
+                unit_roundoff=unit_roundoff,
+            ),
+        )
 
 
 def group_bias(

@@ -31,8 +31,8 @@ from .reference_head import (
     block_means,
     dequantize,
     dither,
-    group_bias,
     hadamard,
+    head_calls,
     key_nibbles,
     masked_scores,
     read_full,
@@ -132,30 +132,14 @@ def read_scanned(
     """
     counts = ScanCounts() if counts is None else counts
     batch, query_heads, query_rows, _ = query.shape
-    heads, value_dim = key.shape[1], value.shape[-1]
-    group = query_heads // heads
+    group, value_dim = query_heads // key.shape[1], value.shape[-1]
     valid = int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value))
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
-    for index in range(batch * heads):
-        b, h = divmod(index, heads)
-        selected = slice(h * group, (h + 1) * group)
-        bias, attended = group_bias(mask, b, selected, group, query_rows, length, query.device)
-        call = HeadCall(
-            query=query[b, selected].reshape(group * query_rows, -1).float(),
-            key=key[b, h, :length],
-            value=value[b, h, :length],
-            bias=bias,
-            attended=attended,
-            scale=scale,
-            tolerance=tolerance,
-            unit_roundoff=unit_roundoff,
-        )
-        live = attended.any(0).nonzero()
-        span = int(live[-1] - live[0]) + 1 if len(live) else 0
+    for index, b, selected, call in head_calls(query, key, value, mask, length, scale, tolerance, unit_roundoff):
         counts.pairs += 1
-        lenient = bias is not None and mask is not None and _absorbed(bias, attended, mask.dtype)
-        usable = valid and tolerance > 0 and span >= max(min_context, 1) and bool(torch.isfinite(call.query).all())
+        lenient = call.bias is not None and mask is not None and _absorbed(call.bias, call.attended, mask.dtype)
+        usable = valid and tolerance > 0 and call.span >= max(min_context, 1) and bool(torch.isfinite(call.query).all())
         result = _read_pair(call, views, index, counts, splits, lenient=lenient) if usable else None
         if result is None:
             counts.pairs_unread += 1
