@@ -4,7 +4,7 @@
     python examples/inspect_generated_code.py --full     # everything, as Inductor runs it
 
 The Triton is generated in a second process, from fake CUDA tensors under a stand-in for a GPU; it is neither compiled nor
-run. No GPU has run or timed it.
+run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ from alignedkv_compile.rebuild import post_grad_pass
 
 KERNELS = {
     "quantize_on_write": "new rows of K and V become 4-bit planes, scales and sums of blocks",
-    "prepare": "the query: rotated by Hadamard, rounded to int8; where does the mask attend?",
-    "score": "all scores from K's 4-bit plane; sums over the softmax weights",
-    "coarse": "rows of V above tau at 4 bits, block means for the rest: the output's norm",
-    "thresholds": "theta, the error that every addend is held to",
-    "refine": "4 more bits of the K rows whose error is above theta",
-    "exact": "K rows still above theta, from the cache itself; or is streaming cheaper?",
-    "values": "the sum over V, each row at its final precision",
+    "scan": "all scores from K's 4-bit plane, sums over their weights, and theta, the error that every addend is held to",
+    "finish": "lists of the rows that deserve more bits; those of K and V, block means for the rest; the output",
+    "repair": "streams what finish has left to it, mostly nothing",
+    "lenient": "query rows that a floating mask prohibits everything",
     "stream": "all bits, where planes do not pay: flash decoding",
     "combine": "the splits' parts become the output, rounded once",
+    "count": "what was read, for alignedkv_compile.stats()",
 }
 
 
@@ -76,12 +74,12 @@ def main() -> None:
         console.print(cpp, triton, markup=False, highlight=False)
         return
     made = re.findall(r"KERNEL_NAME : tl\.constexpr = '(\w+)'", triton)
-    table = Table("kernel", "what it does", title="Triton: one kernel for each sum over the whole context, in this order")
+    table = Table("kernel", "what it does", title="Triton: kernels in the order of their launches")
     for name in dict.fromkeys(made):
         table.add_row(name, KERNELS[name])
     console.print(table)
     console.rule("Triton: scores of a tile of rows from the 4-bit plane, nothing else of K is read")
-    console.print(Syntax(excerpt(triton, "plane = plane_rows(key_hi", "scores = dots"), "python"))
+    console.print(Syntax(excerpt(triton, "def plane_scores(", "return (dots"), "python"))
     console.rule("C++: the same, 16 rows of the plane at once")
     console.print(Syntax(excerpt(cpp, "void score_rows(", "vf score ="), "cpp"))
     console.rule("The error model, printed from one sympy expression into both")
