@@ -10,6 +10,7 @@ of it.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -278,15 +279,17 @@ def compile_kernel(name: str, source: str, target: str, dim: int) -> Compiled:
     from torch._inductor.codecache import PyCodeCache
 
     device = DEVICES[target]
-    tuner = getattr(PyCodeCache.load(source, set_sys_modules=False), name)
+    known = inspect.signature(PyCodeCache.load).parameters
+    options = {"set_sys_modules": False} if "set_sys_modules" in known else {}  # torch 2.11 has no choice
+    tuner = getattr(PyCodeCache.load(source, **options), name)
     config = tuner.configs[0]
     meta = tuner._create_compile_meta(config)
-    options: dict[str, object] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    settings: dict[str, object] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     attributes = meta["configs"][0] if isinstance(meta["configs"], list) else meta["configs"]
     made = triton.compile(
         triton.compiler.ASTSource(tuner.fn, meta["signature"], meta["constants"], attributes),
         target=device.target,
-        options=options,
+        options=settings,
     )
     short = re.sub(r"^triton_\w*?fused_|_\d+$", "", name) if "_tem_" not in name else _template_name(source)
     figures = _nvidia_figures(made.asm) if device.target.backend == "cuda" else _amd_figures(made.asm["amdgcn"])
