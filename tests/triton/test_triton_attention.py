@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -66,6 +67,19 @@ def test_agrees_with_the_reference(shape: dict[str, object]) -> None:
     assert result.output.dtype == case.query.dtype
     if case.query.dtype == torch.float32:
         assert added_error_in_rho(case, result.output).max() > 0.01, "bits were skipped, so the result cannot be exact"
+
+
+def test_a_scan_starts_again_where_its_reference_was_far_off() -> None:
+    """Scores 40 powers of two above all of the programs' first blocks; an int16 holds 32."""
+    case = make_case(heads=1, group=1, rows=2500, peak=1.0)
+    distance = 40 * math.log(2) / case.factor / float(case.query.square().sum())
+    case.key[:, :, BLOCK_ROWS * programs(case) :] += (distance * case.query).to(case.key.dtype)
+    planes = write_planes(case)
+    result, expected = run_triton(case, row_ordered_planes(case)), run_scanned(case, planes, programs(case))[0]
+    assert relative_errors(result.output, expected.output.double()).max() <= agreement_budget(case)
+    assert added_error_in_rho(case, result.output).max() <= 4 * case.tolerance
+    check_counts(result.counts, expected.counts)
+    assert result.counts["key_rows_full"] < 2500, "not streamed"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
