@@ -280,7 +280,7 @@ def compile_kernel(name: str, source: str, target: str, dim: int) -> Compiled:
 
     device = DEVICES[target]
     known = inspect.signature(PyCodeCache.load).parameters
-    options = {"set_sys_modules": False} if "set_sys_modules" in known else {}  # torch 2.11 has no choice
+    options: dict[str, Any] = {"set_sys_modules": False} if "set_sys_modules" in known else {}  # torch 2.11 has no choice
     tuner = getattr(PyCodeCache.load(source, **options), name)
     config = tuner.configs[0]
     meta = tuner._create_compile_meta(config)
