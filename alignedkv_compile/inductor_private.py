@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -50,12 +50,6 @@ class TritonTemplate(select_algorithm.TritonTemplate):
             for node in options["input_nodes"]:
                 node.freeze_layout()
         return super().maybe_append_choice(choices, **options)
-
-
-def choose_by_benchmark(name: str, choices: list[Any], inputs: Sequence[ir.IRNode], layout: ir.Layout) -> ir.TensorBox:
-    """The output of the fastest of several kernels that compute the same."""
-    result = select_algorithm.autotune_select_algorithm(name, choices, list(inputs), layout)
-    return result[0] if isinstance(result, tuple) else result  # torch 2.11 returns the output alone, 2.12 the choice too
 
 
 @contextlib.contextmanager

@@ -8,18 +8,23 @@ before any repetition for grouped-query attention.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.document import long_document
 from alignedkv_compile.demo.model import DemoUnavailableError, load_smollm2
 from alignedkv_compile.demo.prefill import prefill
+from alignedkv_compile.evaluate.texts import read_text
+
+Layers = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Query, key and value of each layer."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -58,6 +63,36 @@ def capture(model: Any, cache: Any, token: torch.Tensor) -> dict[str, list[torch
     finally:
         model.set_attn_implementation(before)
     return {"query": recorder.query, "key": recorder.key, "value": recorder.value}
+
+
+def decode_steps(text: str, dtype: str, contexts: str, console: Console) -> tuple[str, Iterator[tuple[int, Layers]]]:
+    """One decode step of SmolLM2-135M at each of several contexts, captured one by one over one prefill.
+
+    Args:
+        text: of ``alignedkv eval``.
+        dtype: ``bfloat16`` or ``float16``.
+        contexts: cache rows, the decoded token's included, comma-separated.
+
+    Returns:
+        The text's SHA-256, and each context with its layers, shortest first.
+
+    Raises:
+        typer.BadParameter: another dtype.
+    """
+    if DTYPES.get(dtype) not in (torch.bfloat16, torch.float16):
+        raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16")
+    lengths = sorted(int(part) for part in contexts.split(","))
+    loaded = load_smollm2(DTYPES[dtype])
+    document = read_text(text, loaded.tokenizer, lengths[-1])
+    past, _ = prefill(loaded.model, document.tokens, 1)
+
+    def steps() -> Iterator[tuple[int, Layers]]:
+        for context in track(lengths, description=f"{text}, {dtype}", console=console):
+            token = document.tokens[:, context - 1 : context]
+            found = capture(loaded.model, past.dynamic_cache(context - 1), token)
+            yield context, list(zip(found["query"], found["key"], found["value"], strict=True))
+
+    return document.sha256, steps()
 
 
 def main(

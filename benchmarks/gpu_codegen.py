@@ -358,15 +358,15 @@ def _amd_figures(assembly: str) -> dict[str, Any]:
     }
 
 
-def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype) -> list[Compiled]:
+def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype, queries: int = 1) -> list[Compiled]:
     """All kernels for one target; in this process, which is spoilt for anything else afterwards."""
     stand_in_for_cuda(DEVICES[target])
     compiled = []
     for dim in dims:
         calls = {
-            "": (Call(dim, dtype=dtype, masked=False), {"quantize_on_write", "scan", "finish", "repair"}),
-            " masked": (Call(dim, dtype=dtype), {"scan", "finish", "repair"}),
-            " at tolerance 0": (Call(dim, dtype=dtype, masked=False, tolerance=0.0), {"stream", "combine"}),
+            "": (Call(dim, queries=queries, dtype=dtype, masked=False), {"quantize_on_write", "scan", "finish", "repair"}),
+            " masked": (Call(dim, queries=queries, dtype=dtype), {"scan", "finish", "repair"}),
+            " at tolerance 0": (Call(dim, queries=queries, dtype=dtype, masked=False, tolerance=0.0), {"stream", "combine"}),
         }
         for suffix, (call, wanted) in calls.items():
             found = [(name, source) for name, source in kernels(generate(call)) if _template_name(source) in wanted]
@@ -379,17 +379,29 @@ def main(
     targets: Annotated[str, typer.Option(help="comma-separated, of " + ", ".join(DEVICES))] = ",".join(DEVICES),
     dims: Annotated[str, typer.Option(help="comma-separated head dimensions")] = "64,128,256",
     dtype: Annotated[str, typer.Option(help="of query, K and V")] = "bfloat16",
+    queries: Annotated[int, typer.Option(min=1, help="query rows of a head; a KV head has four heads")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Compile every generated kernel for GPUs that are not there."""
     names = targets.split(",")
     if len(names) == 1:
-        figures = compile_target(names[0], [int(dim) for dim in dims.split(",")], getattr(torch, dtype))
+        figures = compile_target(names[0], [int(dim) for dim in dims.split(",")], getattr(torch, dtype), queries)
     else:
         figures = []
         for target in names:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                options = ["--targets", target, "--dims", dims, "--dtype", dtype, "--json", file.name]
+                options = [
+                    "--targets",
+                    target,
+                    "--dims",
+                    dims,
+                    "--dtype",
+                    dtype,
+                    "--queries",
+                    str(queries),
+                    "--json",
+                    file.name,
+                ]
                 command = [os.sys.executable, __file__, *options]  # type: ignore[attr-defined]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 figures += [Compiled(**entry) for entry in json.loads(Path(file.name).read_text())]

@@ -18,22 +18,18 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.progress import track
 from rich.table import Table
 
 from alignedkv_compile import ops
 from alignedkv_compile.arena import mark
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
-from alignedkv_compile.demo.model import load_smollm2
-from alignedkv_compile.demo.prefill import prefill
 from alignedkv_compile.evaluate.teacher_forcing import exact_attention, relative_error
-from alignedkv_compile.evaluate.texts import read_text
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.precision import KAPPA
 from alignedkv_compile.reference_scan import ScanCounts, read_scanned
-from capture import DTYPES, capture
+from capture import Layers, decode_steps
 
 SPLITS = 16
 """Programs of a pair; only whether a program streams its own share depends on it."""
@@ -76,10 +72,7 @@ class Comparison:
     largest_norm_ratio: float
 
 
-Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def compare(context: int, layers: list[Layer], tolerance: float) -> Comparison:
+def compare(context: int, layers: Layers, tolerance: float) -> Comparison:
     """Both orders over the captured layers of one context."""
     counters = torch.zeros(1, len(ops.COUNTER_FIELDS), dtype=torch.int64)
     counts = ScanCounts()
@@ -107,7 +100,7 @@ def compare(context: int, layers: list[Layer], tolerance: float) -> Comparison:
     )
 
 
-def _added(layers: list[Layer], tolerance: float, read: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _added(layers: Layers, tolerance: float, read: Callable[..., torch.Tensor]) -> torch.Tensor:
     """Added error ``[layers, heads]`` in units of the output's rounding error."""
     errors = []
     for query, key, value in layers:
@@ -148,21 +141,12 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Both orders of steps on real K and V."""
-    if DTYPES.get(dtype) not in (torch.bfloat16, torch.float16):
-        raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16")
-    lengths = sorted(int(part) for part in contexts.split(","))
     console = open_console()
-    loaded = load_smollm2(DTYPES[dtype])
-    document = read_text(text, loaded.tokenizer, lengths[-1])
-    past, _ = prefill(loaded.model, document.tokens, 1)
-    results = []
-    for context in track(lengths, description=f"{text}, {dtype}", console=console):
-        token = document.tokens[:, context - 1 : context]
-        found = capture(loaded.model, past.dynamic_cache(context - 1), token)
-        results.append(compare(context, list(zip(found["query"], found["key"], found["value"], strict=True)), tolerance))
+    sha256, steps = decode_steps(text, dtype, contexts, console)
+    results = [compare(context, layers, tolerance) for context, layers in steps]
     console.print(table(results))
     if json_path is not None:
-        saved: dict[str, Any] = {"text": text, "sha256": document.sha256, "dtype": dtype, "tolerance": tolerance}
+        saved: dict[str, Any] = {"text": text, "sha256": sha256, "dtype": dtype, "tolerance": tolerance}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         saved |= {"environment": asdict(describe()), "contexts": [asdict(one) for one in results]}
         json_path.write_text(json.dumps(saved, indent=2) + "\n")

@@ -22,21 +22,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.progress import track
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
-from alignedkv_compile.demo.model import load_smollm2
-from alignedkv_compile.demo.prefill import prefill
 from alignedkv_compile.evaluate.methods import Aligned, AlignedLayer
 from alignedkv_compile.evaluate.teacher_forcing import exact_attention, relative_error
-from alignedkv_compile.evaluate.texts import read_text
 from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.precision import KAPPA
-from capture import DTYPES, capture
+from capture import Layers, decode_steps
 
 TOLERANCES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
@@ -74,9 +70,6 @@ class Parity:
     sweep: tuple[Point, ...]
     at_mean: tuple[float, float] | None
     at_p99: tuple[float, float] | None
-
-
-Layers = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def eager_16bit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -200,22 +193,13 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all points to this file.")] = None,
 ) -> None:
     """Bytes at parity on real K and V."""
-    if DTYPES.get(dtype) not in (torch.bfloat16, torch.float16):
-        raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16")
-    lengths = sorted(int(part) for part in contexts.split(","))
     console = open_console()
-    loaded = load_smollm2(DTYPES[dtype])
-    document = read_text(text, loaded.tokenizer, lengths[-1])
-    past, _ = prefill(loaded.model, document.tokens, 1)
-    results = []
-    for context in track(lengths, description=f"{text}, {dtype}", console=console):
-        token = document.tokens[:, context - 1 : context]
-        found = capture(loaded.model, past.dynamic_cache(context - 1), token)
-        results.append(measure(context, list(zip(found["query"], found["key"], found["value"], strict=True))))
+    sha256, steps = decode_steps(text, dtype, contexts, console)
+    results = [measure(context, layers) for context, layers in steps]
     console.print(parity_table(results))
     console.print(promise_table(results))
     if json_path is not None:
-        saved: dict[str, Any] = {"text": text, "sha256": document.sha256, "dtype": dtype, "environment": asdict(describe())}
+        saved: dict[str, Any] = {"text": text, "sha256": sha256, "dtype": dtype, "environment": asdict(describe())}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(saved | {"contexts": [asdict(r) for r in results]}, indent=2) + "\n")
 

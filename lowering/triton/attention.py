@@ -1,8 +1,9 @@
-"""``aligned_read_attention`` as two Triton kernels, scan and finish; all bits as stream and combine.
+"""``aligned_read_attention`` as three Triton kernels, scan, finish and repair; all bits as stream and combine.
 
 ``scan`` scores every attended row from the 4-bit plane of K and, by the last program of a (batch, KV head) pair, turns the sums
 over all weights into what every addend is held to. ``finish`` chooses rows by that, reads them and adds them up; the last
-program of a pair combines. Which program is last is counted in the arena. There is no synchronisation with the host, no size
+program of a pair combines. ``repair`` streams what turns out to be cheaper, or right, to read in full. Which program is last is
+counted in the arena. There is no synchronisation with the host, no size
 that depends on data, every address is fixed, as CUDA graphs want it, and no sum depends on the order in which programs ran.
 """
 
@@ -136,7 +137,7 @@ class Read:
         **constants: object,
     ) -> ir.TensorBox:
         """One kernel."""
-        return emit(name, inputs, mutated, output, self.sizes, {**self.constants, **constants}, [self.launches.of(name)])
+        return emit(name, inputs, mutated, output, self.sizes, {**self.constants, **constants}, self.launches.of(name))
 
     def floats(self, *size: object) -> ir.FixedLayout:
         """A fresh float32 buffer ``[pairs, *size]``."""

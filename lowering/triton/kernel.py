@@ -24,7 +24,6 @@ from ...inductor_private import (
     SymbolicGridFn,
     TritonTemplate,
     TritonTemplateKernel,
-    choose_by_benchmark,
     empty_strided,
     ir,
     texpr,
@@ -92,7 +91,6 @@ def template(name: str) -> Template:
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
         layout=layout,
-        kernel=name,
         counter_fields=len(ops.COUNTER_FIELDS),
         log2e=math.log2(math.e),
         buffers=frozenset(part for part in known.split('"')[1::2]),
@@ -116,7 +114,7 @@ def emit(
     output: ir.Layout,
     sizes: Sequence[object],
     constants: Mapping[str, object],
-    launches: Sequence[Launch],
+    launch: Launch,
 ) -> ir.TensorBox:
     """Put a kernel into the graph that is being lowered; the result is its output.
 
@@ -127,28 +125,24 @@ def emit(
         output: layout of what ``output_pointer`` or ``store_output`` writes.
         sizes: what ``call_size`` returns by index, and what the grid is computed from.
         constants: the template's glossary.
-        launches: one, or several among which ``max-autotune`` chooses.
+        launch: how it is divided up.
     """
-    nodes = list(inputs.values())
     choices: list[Any] = []
-    for launch in launches:
-        error = template(name).maybe_append_choice(
-            choices,
-            input_nodes=nodes,
-            layout=output,
-            mutated_inputs=[inputs[one] for one in mutated] or None,
-            call_sizes=list(sizes),
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            ROWS=launch.rows,
-            KERNEL_NAME=repr(name),
-            **constants,
-        )
-        if error is not None:
-            raise error
-    if len(choices) == 1:  # nothing to choose: no benchmark, and no key in a tuning cache
-        return choices[0].output_node()
-    return choose_by_benchmark(f"alignedkv_{name}", choices, nodes, output)
+    error = template(name).maybe_append_choice(
+        choices,
+        input_nodes=list(inputs.values()),
+        layout=output,
+        mutated_inputs=[inputs[one] for one in mutated] or None,
+        call_sizes=list(sizes),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        ROWS=launch.rows,
+        KERNEL_NAME=repr(name),
+        **constants,
+    )
+    if error is not None:
+        raise error
+    return choices[0].output_node()  # nothing to choose: no benchmark, and no key in a tuning cache
 
 
 def scratch(device: torch.device, dtype: torch.dtype, *size: object) -> ir.TensorBox:

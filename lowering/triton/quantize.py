@@ -36,5 +36,5 @@ def lower(planes: ir.IRNode, key: ir.IRNode, value: ir.IRNode, positions: ir.IRN
         contiguous(device, torch.int32, 1),  # Inductor wants an output even of a kernel that only mutates
         sizes,
         constants,
-        [write_launch(arena.key_dim, arena.value_dim)],
+        write_launch(arena.key_dim, arena.value_dim),
     )

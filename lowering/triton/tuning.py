@@ -1,4 +1,4 @@
-"""How the kernels are divided up: one small table, from measurements on an H200 (docs/gpu.md)."""
+"""How the kernels are divided up: one small table, chosen by what compiles well (docs/gpu.md). No GPU has tuned it."""
 
 from __future__ import annotations
 

@@ -217,8 +217,8 @@ def test_strided_operands_and_one_tensor_as_key_and_value() -> None:
     assert relative_errors(result.output, exact(shared)).max() <= 6 * shared.tolerance * KAPPA * shared.roundoff
 
 
-def test_max_autotune_chooses_among_the_table() -> None:
-    """The benchmark says nothing here (nothing is timed), but the choice is generated, run and right."""
+def test_max_autotune_changes_nothing() -> None:
+    """Each kernel has one launch, so that there is nothing to measure."""
     case = without_planes(make_case(rows=200, heads=1))
     result = run_triton(case, None, max_autotune=True)
     assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
