@@ -1,6 +1,6 @@
-# Needs Python 3.11 or newer, a C++20 compiler (g++ or clang++) and make. Every target creates .venv by itself, but for those
-# that need a GPU: they run the checkout with GPU_PYTHON, whose torch fits the machine. `make venv` alone does just that. Linux without a GPU: `make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"`
-# avoids the CUDA build of torch (several GB).
+# Needs Python 3.11 or newer, a C++20 compiler (g++ or clang++) and make. Every target creates .venv by itself, and `make venv`
+# does just that; those that need a GPU run the checkout with GPU_PYTHON instead, whose torch fits the machine. Linux without a
+# GPU: `make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"` avoids the CUDA build of torch (several GB).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=

@@ -36,13 +36,13 @@ from gpu_report import (
     MODEL_TARGETS,
     Results,
     environment,
+    exit_if_wrong,
     kernel_table,
     model_table,
     operator_entry,
     operator_table,
     print_all,
     target_table,
-    wrong_results,
 )
 from gpu_setup import Run, open_run, warm_up
 from gpu_timing import capture
@@ -170,10 +170,7 @@ def main(
         results.put("seconds", run.deadline.passed)
     print_all(console, target_table(results.data))
     console.print(f"{results.data['seconds']:.0f} s; results: {json_path}")
-    wrong = wrong_results(results.data)
-    if wrong:
-        console.print("[red]WRONG:[/] " + "; ".join(wrong))
-        raise typer.Exit(1)
+    exit_if_wrong(console, results.data)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -223,6 +224,18 @@ def wrong_results(data: Mapping[str, Any]) -> list[str]:
         for name, found in entry.get("variants", {}).items()
         if found.get("wrong")
     ]
+
+
+def exit_if_wrong(console: Console, data: Mapping[str, Any]) -> None:
+    """Say what came out wrong.
+
+    Raises:
+        typer.Exit: with status 1, when something did.
+    """
+    wrong = wrong_results(data)
+    if wrong:
+        console.print("[red]WRONG:[/] " + "; ".join(wrong))
+        raise typer.Exit(1)
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -21,7 +21,7 @@ import typer
 import source_tree  # noqa: F401  before alignedkv_compile
 from alignedkv_compile.demo.console import open_console
 from gpu_operator import ALIGNED, CUDNN, FLASH, LLAMA, STREAM, Case, Plan, measure
-from gpu_report import Results, environment, operator_entry, operator_table, print_all, wrong_results
+from gpu_report import Results, environment, exit_if_wrong, operator_entry, operator_table, print_all
 from gpu_setup import Run, open_run, warm_up
 from gpu_warm import operator_job
 
@@ -98,10 +98,7 @@ def main(
         sweep(run, results, cells, plan)
     console.print_json(json.dumps(results.data["break_even"]))
     console.print(f"results: {json_path}")
-    wrong = wrong_results(results.data)
-    if wrong:
-        console.print("[red]WRONG:[/] " + "; ".join(wrong))
-        raise typer.Exit(1)
+    exit_if_wrong(console, results.data)
 
 
 if __name__ == "__main__":
