@@ -9,19 +9,15 @@ from dataclasses import replace
 import torch.fx
 
 from . import lowering, passes, torch_private
+from .contract import Outcome, SiteReport
 from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
-from .passes.records import Outcome, RewrittenGraph, SiteReport
-from .rebuild import post_grad_pass
+from .plane_builder import post_grad_pass
 from .report import REGISTRY, GraphReport
 from .runtime import Runtime
 
 _log = logging.getLogger(__name__)
-
-GROWING_CACHE = (
-    "no CUDA graph: a DynamicCache has another length at every token, and each would be recorded anew (use a StaticCache)"
-)
 
 
 def alignedkv(
@@ -73,24 +69,17 @@ def _compile_rewritten(
     declined = [describe_site(site) for site in rewritten.sites if site.outcome is Outcome.DECLINED]
     if options.strict and declined:
         raise DeclinedError(declined)
-    if not _is_changed(rewritten):
+    if not rewritten.is_changed:
         return torch_private.compile_graph(gm, example_inputs, options.inductor_patches())
     log_rewritten(graph_report.name, rewritten.module)
     lowering.register()
     patches = options.inductor_patches()
-    if rewritten.append and options.cuda_graphs:
+    if rewritten.no_cuda_graphs and options.cuda_graphs:
         patches[torch_private.CUDA_GRAPHS] = False
-        graph_report.declined_cuda_graphs = GROWING_CACHE
-        _log.info("%s: %s", graph_report.name, GROWING_CACHE)
+        graph_report.declined_cuda_graphs = rewritten.no_cuda_graphs
+        _log.info("%s: %s", graph_report.name, rewritten.no_cuda_graphs)
     compiled = torch_private.compile_graph(rewritten.module, rewritten.example_inputs, patches, post_grad_pass(options))
     return Runtime(compiled, rewritten, options, graph_report)
-
-
-def _is_changed(graph: RewrittenGraph) -> bool:
-    """Whether anything is left to run our operators for; a graph without sites is stock Inductor's."""
-    if all(site.outcome is Outcome.DECLINED for site in graph.sites):
-        return False
-    return bool(graph.static or graph.append) or any(site.outcome is Outcome.REWRITTEN for site in graph.sites)
 
 
 def _declined(site: SiteReport, reason: str) -> SiteReport:

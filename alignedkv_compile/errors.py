@@ -76,3 +76,21 @@ class StatisticsDisabledError(AlignedKVError, RuntimeError):
             "no graph that collects read statistics has been compiled (or none is alive): pass options={'stats': True} to"
             " torch.compile(..., backend='alignedkv') and run the compiled model once before calling stats()."
         )
+
+
+class CacheLengthError(AlignedKVError, RuntimeError):
+    """A layer's past K and V differ in length, where ``cat`` and attention would have failed too."""
+
+    def __init__(self, key_length: int, value_length: int) -> None:
+        super().__init__(f"the past keys have {key_length} rows but the past values have {value_length}")
+
+
+class CacheTooLongError(AlignedKVError, RuntimeError):
+    """A cache has outgrown what its compiled code can address."""
+
+    def __init__(self, capacity: int, largest: int) -> None:
+        super().__init__(f"a growing cache of {capacity} rows was needed, but this compiled code addresses {largest} at most")
+
+
+class GraphVerificationError(AlignedKVError, RuntimeError):
+    """The rewritten graph is not what the records say: a defect of the passes, never of the user's model."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch.fx
 
 from . import torch_private
-from .passes.records import Outcome, SiteReport
+from .contract import Outcome, SiteReport
 
 _log = logging.getLogger(__name__)
 

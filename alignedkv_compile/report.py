@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .passes.records import Outcome, SiteReport
+from .contract import Outcome, SiteReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

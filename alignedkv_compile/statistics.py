@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .contract import RewrittenGraph
 from .errors import StatisticsDisabledError
 from .ops import COUNTER_FIELDS
-from .passes.records import RewrittenGraph
 
 
 @dataclass(frozen=True)

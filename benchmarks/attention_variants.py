@@ -12,7 +12,7 @@ from alignedkv_compile import lowering
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention
 from alignedkv_compile.options import UNIT_ROUNDOFF
-from alignedkv_compile.rebuild import PLANE_BUILDER
+from alignedkv_compile.plane_builder import PLANE_BUILDER
 from attention_inputs import Layer
 
 ALIGNED, STREAM, PACKED, REPEATED, GROUPED = "aligned", "stream", "sdpa packed", "sdpa repeated", "sdpa enable_gqa"

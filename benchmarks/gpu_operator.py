@@ -16,7 +16,7 @@ from alignedkv_compile import lowering
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention
 from alignedkv_compile.options import UNIT_ROUNDOFF, Options
-from alignedkv_compile.rebuild import PLANE_BUILDER
+from alignedkv_compile.plane_builder import PLANE_BUILDER
 from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, exact_attention, synthetic
 from gpu_timing import (
     Call,

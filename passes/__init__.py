@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule
 
+from alignedkv_compile.contract import RewrittenGraph
+
 from .facts import gather_facts
 from .find import find_sites
 from .graph_copy import copy_graph
 from .pair import pair_caches
-from .records import RewrittenGraph
 from .replace_attention import AlignmentOptions
 from .rewrite import rewrite_pairs
 from .site_report import report_sites
@@ -46,7 +47,7 @@ def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options:
     findings = find_sites(facts, certified=options.certified)
     pairing = pair_caches(findings, facts)
     report = report_sites(pairing, options)
-    before = snapshot(module, pairing)
+    before = snapshot(module, pairing, options)
     if options.cuda_graphs:
         mark_written_caches(facts, pairing)
     rewriting = rewrite_pairs(module, pairing, options, sites=len(report))

@@ -1,28 +1,41 @@
-"""The attention call itself: is it one that the aligned read computes, whatever cache it reads?"""
+"""Attention calls in their normal form, and whether the aligned read computes them, whatever cache they read."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from alignedkv_compile.contract import Outcome
 from alignedkv_compile.layout import MAX_HEAD_DIM
 from alignedkv_compile.torch_private import FakeTensor, generates_triton
 
-from .nodes import Declined, arguments, constant, depends_on_data, fake, same, tensor_of
-from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall
+from .nodes import Declined, arguments, constant, depends_on_data, example_size, fake, operation, same, tensor_of
+from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall, AttentionSite, CacheOperand
+
+if TYPE_CHECKING:
+    from .caches.kind import CacheKind
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def parse_call(node: Node) -> AttentionCall:
-    """Arguments of a ``scaled_dot_product_attention`` node, defaults filled in."""
+def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
+    """Every softmax attention of a graph, over a cache or not, in graph order."""
+    return tuple(call for node in graph.nodes if (call := _fused_call(node)) is not None)
+
+
+def _fused_call(node: Node) -> AttentionCall | None:
+    """A ``scaled_dot_product_attention`` node, defaults filled in."""
+    if operation(node) != "scaled_dot_product_attention":
+        return None
     bound = arguments(node, _PARAMETERS)
     return AttentionCall(
         node=node,
+        scores=node,
         query=bound.get("query"),
         key=bound.get("key"),
         value=bound.get("value"),
@@ -32,6 +45,23 @@ def parse_call(node: Node) -> AttentionCall:
         scale=bound.get("scale"),
         enable_gqa=bound.get("enable_gqa", False),
     )
+
+
+def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperand, value: CacheOperand) -> AttentionSite:
+    """The record of a call over two cache operands that fit together.
+
+    Raises:
+        Declined: it is not what the aligned read computes.
+    """
+    query = check_query(call, key.source, key.repeats)
+    if key.repeats != value.repeats:
+        raise Declined("K and V heads are repeated differently")
+    rows = fake(query).shape[2]
+    if is_prefill(call):
+        return AttentionSite(index, call, kind, Outcome.PREFILL, query, key, value, None, 0.0, example_size(rows))
+    scale = check_constants(call, key.source)
+    mask = check_mask(call, fake(key.rows).shape[2])
+    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, mask, scale, int(rows))
 
 
 def check_cache_tensor(node: Node, name: str) -> None:
@@ -151,15 +181,18 @@ def check_mask(call: AttentionCall, rows: int | torch.SymInt) -> Node | None:
     return call.mask
 
 
-def is_long(rows: int | torch.SymInt) -> bool:
-    """Whether a query is a prefill. A symbolic length is decided by a guard.
+def is_prefill(call: AttentionCall) -> bool:
+    """Whether a call's query is longer than the aligned read takes. A symbolic length is decided by a guard.
 
     Raises:
-        Declined: the length depends on data.
+        Declined: the length depends on data, or there is no such query.
     """
-    if depends_on_data(rows):
+    query = tensor_of(call.query)
+    if query is None or query.dim() != 4:
+        raise Declined("the query is not a 4-D tensor")
+    if depends_on_data(query.shape[2]):
         raise Declined("the query length depends on data")
-    return bool(rows > MAX_ALIGNED_QUERY_ROWS)
+    return bool(query.shape[2] > MAX_ALIGNED_QUERY_ROWS)
 
 
 def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:

@@ -58,6 +58,14 @@ class GraphEditor:
             yield self
         self._origin = previous
 
+    @contextlib.contextmanager
+    def after_both(self, first: Node, second: Node) -> Iterator[GraphEditor]:
+        """Insert behind the later of two nodes."""
+        order = {node: position for position, node in enumerate(self.graph.nodes)}
+        later = max(first, second, key=order.__getitem__)
+        with self.before(later.next, later):
+            yield self
+
     def function(self, target: Target, *args: Argument, **kwargs: Argument) -> Node:
         return self._insert("call_function", target, args, kwargs)
 

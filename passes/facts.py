@@ -1,4 +1,4 @@
-"""What the finders ask about a whole graph: order, aliases, writers, outputs. Computed once, never changed."""
+"""What the finders ask about a whole graph: order, aliases, writers, outputs, attention calls. Computed once, never changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from .nodes import mutated_by, operation, storage_of, tensor_of, tensors_of
+from .attention import attention_calls
+from .nodes import Declined, fake, mutated_by, operation, storage_of, tensor_of, tensors_of
+from .records import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class GraphFacts:
         order: position of each node.
         placeholders: the graph's inputs, in order.
         outputs: what the graph returns, in order.
+        calls: every softmax attention, over a cache or not, in graph order.
         inference_only: False when grad mode is on and an input requires grad.
     """
 
@@ -25,6 +28,7 @@ class GraphFacts:
     order: dict[Node, int]
     placeholders: tuple[Node, ...]
     outputs: tuple[object, ...]
+    calls: tuple[AttentionCall, ...]
     inference_only: bool
     _by_storage: dict[int, tuple[Node, ...]]
     _writers: dict[Node, tuple[Node, ...]]
@@ -54,6 +58,32 @@ class GraphFacts:
         """Whether the graph returns this node's tensor or a view of it."""
         return any(alias in self.outputs for alias in self.aliases(node))
 
+    def is_cache_input(self, node: Node) -> bool:
+        """Whether a node is a graph input that may be a cache: floating, with four dimensions."""
+        tensor = tensor_of(node)
+        return operation(node) == "placeholder" and tensor is not None and tensor.dim() == 4 and tensor.is_floating_point()
+
+    def check_unshared(self, cache: Node, name: str) -> None:
+        """Refuse a cache whose rows are not contiguous or whose memory is another input's too.
+
+        Raises:
+            Declined: naming the other input.
+        """
+        if not fake(cache).stride(3) == 1 and fake(cache).shape[3] != 1:
+            raise Declined(f"the last dimension of {name} is not contiguous")
+        others = [other for other in self.placeholders if other is not cache and self.shares_storage(cache, other)]
+        if others:
+            raise Declined(f"{name} shares its storage with another input ({others[0].name})")
+
+    def attention_over(self, operand: Node, reader: Node) -> Node | None:
+        """The attention call that a node belongs to, if it reads ``operand`` as that call's K or V and as nothing else."""
+        for call in self.calls:
+            if reader is call.scores and operand is call.key and operand not in (call.query, call.mask):
+                return call.node
+            if reader is call.node and operand is call.value and operand not in (call.query, call.mask):
+                return call.node
+        return None
+
     def users(self, node: Node) -> tuple[Node, ...]:
         """Direct users, in graph order."""
         return tuple(sorted(node.users, key=self.order.__getitem__))
@@ -75,6 +105,7 @@ def gather_facts(graph: Graph, *, inference_only: bool) -> GraphFacts:
         order={node: position for position, node in enumerate(graph.nodes)},
         placeholders=tuple(node for node in graph.nodes if operation(node) == "placeholder"),
         outputs=tuple(returned) if isinstance(returned, (tuple, list)) else (returned,),
+        calls=attention_calls(graph),
         inference_only=inference_only,
         _by_storage={storage: tuple(nodes) for storage, nodes in by_storage.items()},
         _writers={node: tuple(found) for node, found in writers.items()},

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .attention import check_certifiable, parse_call
+from .attention import check_certifiable
+from .caches import KINDS
+from .caches.kind import CandidateCall
 from .facts import GraphFacts
-from .find_dynamic import CROPPED, dynamic_site, is_append
-from .find_static import ROLLED, static_site, written_cache
-from .find_unread import unread_caches
-from .nodes import ATTENTION, Declined, fake, operation, tensor_of
-from .records import AttentionCall, AttentionSite, DeclinedSite, Findings
-from .views import Fold, fold
+from .nodes import Declined, fake, operation, same, tensor_of
+from .records import AttentionSite, DeclinedSite, Findings
+from .unread import unread_caches
+from .views import fold
 
 _MOVES = frozenset(
     [
@@ -45,21 +45,18 @@ def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
     """
     sites: list[AttentionSite] = []
     declined: list[DeclinedSite] = []
-    for node in facts.graph.nodes:
-        if operation(node) != ATTENTION:
-            continue
-        call = parse_call(node)
+    for call in facts.calls:
         if tensor_of(call.key) is None or tensor_of(call.value) is None:
             continue
-        key, value = fold(call.key), fold(call.value)  # type: ignore[arg-type]
-        index = len(sites) + len(declined)
+        candidate = CandidateCall(call, fold(call.key), fold(call.value), len(sites) + len(declined))  # type: ignore[arg-type]
         try:
-            site = _site(call, key, value, index, facts)
+            site = _site(candidate, facts)
             if certified and site is not None:
                 check_certifiable(site.key.source)
         except Declined as refusal:
-            caches = tuple(cache for folded in (key, value) if (cache := _cache_behind(folded.base, facts)) is not None)
-            declined.append(DeclinedSite(index, node, caches, str(refusal)))
+            bases = (candidate.key.base, candidate.value.base)
+            caches = tuple(cache for base in bases if (cache := _cache_behind(base, facts)) is not None)
+            declined.append(DeclinedSite(candidate.index, call.node, call.query, caches, str(refusal)))
         else:
             if site is not None:
                 sites.append(site)
@@ -69,37 +66,31 @@ def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
     return Findings(tuple(sites), (*declined, *unread))
 
 
-def _site(call: AttentionCall, key: Fold, value: Fold, index: int, facts: GraphFacts) -> AttentionSite | None:
+def _site(candidate: CandidateCall, facts: GraphFacts) -> AttentionSite | None:
     """The site of one call, or None when it reads no cache at all."""
-    appends = [is_append(folded.base, facts) for folded in (key, value)]
-    writes = [written_cache(folded.base, facts) for folded in (key, value)]
-    if all(appends):
-        return dynamic_site(call, key, value, index, facts)
-    if all(writes):
-        return static_site(call, key, value, index, facts)
-    if not any(appends) and not any(writes) and all(_is_cache_input(folded.base) for folded in (key, value)):
+    bases = (candidate.key.base, candidate.value.base)
+    kinds = [next((kind for kind in KINDS if kind.claims(base, facts)), None) for base in bases]
+    if kinds[0] is not None and kinds[0] is kinds[1]:
+        if not facts.inference_only:
+            raise Declined("an input requires grad while grad mode is on: the backend is for inference only")
+        return kinds[0].site(candidate, facts)
+    if kinds == [None, None] and all(facts.is_cache_input(base) for base in bases):
         raise Declined("read-only cache (cross-attention) is not supported yet")
-    for folded, known in zip((key, value), zip(appends, writes, strict=True), strict=True):
-        cache = None if any(known) else _cache_behind(folded.base, facts)
-        if cache is not None and not _is_cache_input(folded.base):
-            raise Declined(_detour(folded.base, cache, facts))
-    if any(appends) or any(writes):
-        name = "K" if appends[0] or writes[0] else "V"
+    for base, kind in zip(bases, kinds, strict=True):
+        cache = None if kind is not None else _cache_behind(base, facts)
+        if cache is not None and not facts.is_cache_input(base):
+            raise Declined(_detour(base, cache, facts))
+    if kinds != [None, None]:
+        name = "K" if kinds[0] is not None else "V"
         raise Declined(f"only {name} comes from a cache that this graph writes")
     return None
 
 
-def _is_cache_input(node: Node) -> bool:
-    tensor = tensor_of(node)
-    return operation(node) == "placeholder" and tensor is not None and tensor.dim() == 4 and tensor.is_floating_point()
-
-
 def _cache_behind(node: Node, facts: GraphFacts, depth: int = 4) -> Node | None:
     """The cache that a tensor is made of by moving data around, or None; caches that this graph writes or returns count."""
-    if _is_cache_input(node):
-        return node
-    if written_cache(node, facts) is not None:
-        return written_cache(node, facts)
+    for alias in facts.aliases(node) if tensor_of(node) is not None else ():
+        if facts.is_cache_input(alias) and fake(node).dim() == 4 and all(map(same, fake(node).shape, fake(alias).shape)):
+            return alias
     if depth == 0 or (operation(node) not in _MOVES and not fold(node).chain):
         return None
     for source in (fold(node).base,) if fold(node).chain else node.all_input_nodes:
@@ -110,11 +101,6 @@ def _cache_behind(node: Node, facts: GraphFacts, depth: int = 4) -> Node | None:
 
 
 def _detour(base: Node, cache: Node, facts: GraphFacts) -> str:
-    written_by = {operation(writer) for writer in facts.writers(cache)}
-    if "copy_" in written_by or operation(base) == "roll":
-        return ROLLED
     if facts.writers(base) and not facts.shares_storage(base, cache):
         return f"the cache is also written by {operation(facts.writers(base)[-1])}"
-    if fake(base).dim() == 4 and facts.is_returned(base) and base not in facts.outputs:
-        return CROPPED
     return f"the cache reaches attention through {operation(base)}, which is not folded"

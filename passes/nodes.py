@@ -20,8 +20,26 @@ from alignedkv_compile.torch_private import (
     tree_leaves,
 )
 
-ATTENTION = "scaled_dot_product_attention"
+METADATA = frozenset(
+    [
+        "size",
+        "numel",
+        "nelement",
+        "dim",
+        "ndimension",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "__len__",
+        "len",
+        "getattr",
+        "sym_size",
+        "sym_numel",
+    ]
+)
+"""Operations on a tensor that read no data and do not depend on its strides."""
 
+_METADATA_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "is_cuda")
 _PLAIN_MODULES = ("torch", "_operator", "builtins", "math", "einops")
 _INPLACE_OPERATORS = frozenset(
     [
@@ -132,6 +150,12 @@ def _module_of(target: object) -> str:
 def arguments(node: Node, names: Sequence[str]) -> dict[str, object]:
     """Positional and keyword arguments of a node, by name."""
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def is_metadata(node: Node) -> bool:
+    """Whether a node asks a tensor for its size or the like."""
+    name = operation(node)
+    return name in METADATA and (name != "getattr" or node.args[1] in _METADATA_ATTRIBUTES)
 
 
 def mutated_by(node: Node) -> tuple[Node, ...]:

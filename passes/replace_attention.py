@@ -108,7 +108,7 @@ def replace_attention(
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
     """Live rows below which a site's read takes every bit."""
-    written = fake(site.key.write)
+    written = fake(site.key.rows)
     return options.least_context(written.device, int(example_size(written.shape[0])) * int(example_size(written.shape[1])))
 
 

@@ -9,24 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from alignedkv_compile.contract import RewrittenGraph, SiteReport, StatisticsBinding
 from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.torch_private import detect_fake_mode
 
-from .append import AppendInputs, largest_capacity, rewrite_append
+from .caches.kind import Positions, RewrittenPair
 from .editor import GraphEditor
 from .nodes import constant, fake
-from .records import (
-    AppendBinding,
-    AppendPair,
-    Pairing,
-    RewrittenGraph,
-    SiteReport,
-    StaticBinding,
-    StaticPair,
-    StatisticsBinding,
-)
+from .records import Pairing
 from .replace_attention import AlignmentOptions, StatisticsInputs
-from .rewrite_static import rewrite_static
 
 
 @dataclass(frozen=True)
@@ -41,16 +32,16 @@ class Rewriting:
     editor: GraphEditor
     inputs: tuple[Node, ...]
     outputs: tuple[object, ...]
-    static: tuple[tuple[StaticPair, Node], ...]
-    append: tuple[tuple[AppendPair, AppendInputs], ...]
+    pairs: tuple[RewrittenPair, ...]
     statistics: StatisticsInputs
     query_heads: tuple[int, ...]
 
     def result(self, module: GraphModule, example_inputs: Sequence[object], report: tuple[SiteReport, ...]) -> RewrittenGraph:
         """Positions instead of nodes: what leaves the passes."""
-        now = [node for node in module.graph.nodes if node.op == "placeholder"]
+        now = tuple(node for node in module.graph.nodes if node.op == "placeholder")
         kept = tuple(position for position, node in enumerate(self.inputs) if node in set(now))
-        dropped = {node for pair, _ in self.append for node in (pair.key_result, pair.value_result)}
+        dropped = {node for pair in self.pairs for node in pair.dropped_outputs}
+        positions = Positions(self.inputs, self.outputs, now)
         return RewrittenGraph(
             module=module,
             example_inputs=(
@@ -60,30 +51,13 @@ class Rewriting:
             kept_inputs=kept,
             kept_outputs=tuple(position for position, value in enumerate(self.outputs) if value not in dropped),
             outputs=len(self.outputs),
-            static=tuple(
-                StaticBinding(self.inputs.index(pair.key), self.inputs.index(pair.value), now.index(planes))
-                for pair, planes in self.static
-            ),
-            append=tuple(self._append_binding(pair, inputs, now) for pair, inputs in self.append),
+            caches=tuple(pair.binding(positions) for pair in self.pairs),
             statistics=StatisticsBinding(
                 counters_input=None if self.statistics.counters is None else now.index(self.statistics.counters),
                 bounds_input=None if self.statistics.bounds is None else now.index(self.statistics.bounds),
                 query_heads=self.query_heads,
             ),
             sites=report,
-        )
-
-    def _append_binding(self, pair: AppendPair, inputs: AppendInputs, now: list[Node]) -> AppendBinding:
-        return AppendBinding(
-            key_input=self.inputs.index(pair.key),
-            value_input=self.inputs.index(pair.value),
-            key_buffer_input=now.index(inputs.key_buffer),
-            value_buffer_input=now.index(inputs.value_buffer),
-            planes_input=None if inputs.planes is None else now.index(inputs.planes),
-            key_outputs=tuple(position for position, value in enumerate(self.outputs) if value is pair.key_result),
-            value_outputs=tuple(position for position, value in enumerate(self.outputs) if value is pair.value_result),
-            new_rows=pair.new_rows,
-            largest_capacity=largest_capacity(fake(pair.key), fake(pair.value)),
         )
 
 
@@ -98,14 +72,9 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     editor = GraphEditor(module)
     query_heads = _query_heads(pairing, sites)
     statistics = _statistics_inputs(editor, pairing, query_heads, options)
-    static, append = [], []
-    for number, pair in enumerate(pairing.static):
-        planes = rewrite_static(pair, number, editor, options, statistics)
-        if planes is not None:
-            static.append((pair, planes))
-    for number, append_pair in enumerate(pairing.append):
-        append.append((append_pair, rewrite_append(append_pair, number, editor, options, statistics)))
-    return Rewriting(editor, inputs, outputs, tuple(static), tuple(append), statistics, query_heads)
+    rewritten = [pair.rewrite(number, editor, options, statistics) for number, pair in enumerate(pairing.pairs)]
+    pairs = tuple(pair for pair in rewritten if pair is not None)
+    return Rewriting(editor, inputs, outputs, pairs, statistics, query_heads)
 
 
 def _query_heads(pairing: Pairing, sites: int) -> tuple[int, ...]:
@@ -127,7 +96,7 @@ def _statistics_inputs(
     )
 
 
-def _example_inputs(added: list[Node], example_inputs: Sequence[object]) -> list[torch.Tensor]:
+def _example_inputs(added: Sequence[Node], example_inputs: Sequence[object]) -> list[torch.Tensor]:
     """Fakes for the new inputs, in the mode that Dynamo compiles under."""
     mode = detect_fake_mode(list(example_inputs)) or contextlib.nullcontext()
     with mode:

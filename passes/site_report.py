@@ -7,8 +7,10 @@ import re
 
 from torch.fx import Node
 
-from .nodes import fake, operation, tensor_of
-from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Outcome, Pairing, SiteReport
+from alignedkv_compile.contract import Outcome, SiteReport
+
+from .nodes import fake, tensor_of
+from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Pairing
 from .replace_attention import AlignmentOptions, least_context
 
 log = logging.getLogger("alignedkv_compile.passes")
@@ -34,21 +36,20 @@ def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
         name=site.attention.name,
         where=_where(site.attention),
         cache=(site.key.source.name, site.value.source.name),
-        shape=f"query {_shape(site.query)}, cache {_shape(site.key.write)}",
+        shape=f"query {_shape(site.query)}, cache {_shape(site.key.rows)}",
         reason=long if site.outcome is Outcome.PREFILL else _streamed(site, options),
     )
 
 
 def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
     """For which contexts a rewritten site reads every bit, where the device decides that."""
-    if fake(site.key.write).device.type == "cpu" or options.tolerance == 0:
+    if fake(site.key.rows).device.type == "cpu" or options.tolerance == 0:
         return ""
     return f"every bit below {least_context(site, options)} live rows, from where on fewer are faster here (min_context)"
 
 
 def _declined_line(site: DeclinedSite) -> SiteReport:
-    query = site.node.args[0] if site.node.args else site.node.kwargs.get("query")
-    shapes = [f"query {_shape(query)}"] if operation(site.node) == "scaled_dot_product_attention" else []
+    shapes = [f"query {_shape(site.query)}"] if site.query is not None else []
     shapes += [f"cache {_shape(cache)}" for cache in site.caches[:1]]
     return SiteReport(
         index=site.index,

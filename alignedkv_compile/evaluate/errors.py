@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..errors import AlignedKVError
 
-class EvaluationError(RuntimeError):
+
+class EvaluationError(AlignedKVError, RuntimeError):
     """A model, text, method or threshold that cannot be evaluated; the message says which and what would do."""

@@ -13,9 +13,10 @@ import torch
 
 import alignedkv_compile
 from alignedkv_compile import DeclinedError, StatisticsDisabledError, passes, torch_private
-from alignedkv_compile.append_buffers import APPEND_BUFFERS
 from alignedkv_compile.ops import COUNTER_FIELDS
-from alignedkv_compile.sidecar import MAX_CONSECUTIVE_REBUILDS, NO_VERSION_COUNTER, REBUILT_TOO_OFTEN, SIDECARS
+from alignedkv_compile.runtime import STORES
+from alignedkv_compile.state.append_buffers import AppendBuffers
+from alignedkv_compile.state.sidecar import MAX_CONSECUTIVE_REBUILDS, NO_VERSION_COUNTER, REBUILT_TOO_OFTEN, SidecarStore
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -68,15 +69,15 @@ def test_static_steps(steps: Any, dynamic: bool | None, tolerance: float) -> Non
 def test_one_graph_serves_two_caches_with_planes_of_their_own(steps: Any) -> None:
     compiled = compile_step(steps.static, tolerance=2.0)
     caches = [steps.inputs(96), steps.inputs(96)]
-    before = len(SIDECARS)
+    before = len(STORES.of(SidecarStore))
     for _ in range(3):
         for inputs in caches:
             compare_static(compiled, steps, inputs, 1)
-    assert len(SIDECARS) == before + 2
+    assert len(STORES.of(SidecarStore)) == before + 2
     assert len(alignedkv_compile.report().graphs) == 1
     del caches, inputs
     gc.collect()
-    assert len(SIDECARS) == before
+    assert len(STORES.of(SidecarStore)) == before
 
 
 def test_prefill_then_decode_then_an_eager_write(steps: Any) -> None:
@@ -111,11 +112,11 @@ def test_dynamic_steps_never_copy_the_cache_again(steps: Any) -> None:
         assert torch.equal(values, expected_values)
         addresses.append(keys.data_ptr())
     assert len(set(addresses)) == 1
-    before = len(APPEND_BUFFERS)
+    before = len(STORES.of(AppendBuffers))
     buffer = weakref.ref(keys._base)
     del keys, values
     gc.collect()
-    assert len(APPEND_BUFFERS) == before - 1
+    assert len(STORES.of(AppendBuffers)) == before - 1
     assert buffer() is None
 
 
@@ -227,7 +228,7 @@ def test_a_call_that_raises_leaves_stale_planes(steps: Any) -> None:
     args[5] = torch.tensor([1000])  # outside of the cache
     with pytest.raises((IndexError, RuntimeError)):
         compiled(*args)
-    sidecar = SIDECARS.before_call(inputs.keys, inputs.values)
+    sidecar = STORES.of(SidecarStore).before_call(inputs.keys, inputs.values)
     assert sidecar.history.rebuilds > 0
     inputs.length -= 1
     compare_static(compiled, steps, inputs, 2)

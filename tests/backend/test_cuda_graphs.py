@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import alignedkv_compile
-from alignedkv_compile import backend, passes
+from alignedkv_compile import passes
+from alignedkv_compile.passes.caches.dynamic import NO_CUDA_GRAPHS
 from alignedkv_compile.runtime import Runtime
 
 PROMPT, STEPS = 40, 6
@@ -163,9 +164,9 @@ def test_a_growing_cache_is_not_captured(tiny_llama: Any, graphs: EmulatedCudaGr
     assert skips() == 0
     report = alignedkv_compile.report()
     assert report.declined == 0
-    assert {graph.declined_cuda_graphs for graph in report.graphs} == {backend.GROWING_CACHE}
-    assert backend.GROWING_CACHE in str(report)
-    assert report.to_dict()["graphs"][0]["declined_cuda_graphs"] == backend.GROWING_CACHE
+    assert {graph.declined_cuda_graphs for graph in report.graphs} == {NO_CUDA_GRAPHS}
+    assert NO_CUDA_GRAPHS in str(report)
+    assert report.to_dict()["graphs"][0]["declined_cuda_graphs"] == NO_CUDA_GRAPHS
 
 
 class Operations(TorchDispatchMode):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import alignedkv_compile
 from alignedkv_compile import DeclinedError, StatisticsDisabledError
+from alignedkv_compile.contract import StatisticsBinding
 from alignedkv_compile.ops import COUNTER_FIELDS
-from alignedkv_compile.passes.records import StatisticsBinding
 from alignedkv_compile.statistics import GraphStatistics
 from alignedkv_compile.torch_private import inductor_config
 

@@ -12,10 +12,12 @@ from torch.fx import GraphModule
 
 import alignedkv_compile.ops
 import alignedkv_compile.reference  # noqa: F401 - registers the operators' eager meaning
-from alignedkv_compile.layout import arena_layout
+from alignedkv_compile.contract import Outcome, RewrittenGraph
 from alignedkv_compile.options import Options
 from alignedkv_compile.passes import rewrite_graph
-from alignedkv_compile.passes.records import Outcome, RewrittenGraph
+from alignedkv_compile.report import GraphReport
+from alignedkv_compile.runtime import Runtime
+from alignedkv_compile.state.stores import Stores
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -31,6 +33,15 @@ def names(module: GraphModule) -> Counter[str]:
     )
 
 
+class StalePlanes:
+    """Leaves planes stale, so that every bit is read, and makes what lies behind the live rows conspicuous."""
+
+    def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
+        planes.zero_()
+        for tensor in (key, value):
+            tensor[:, :, rows:] = torch.nan
+
+
 class Harness:
     """A Dynamo backend that rewrites each graph and runs the result, eagerly or through Inductor.
 
@@ -44,9 +55,8 @@ class Harness:
         self.inductor = inductor
         self.graphs: list[RewrittenGraph] = []
         self.originals: list[GraphModule] = []
-        self.counters: torch.Tensor | None = None
-        self.bounds: torch.Tensor | None = None
-        self.planes: list[torch.Tensor] = []
+        self.counters: object = None
+        self.bounds: object = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., list[object]]:
         before = signature(gm)
@@ -61,49 +71,19 @@ class Harness:
             run = compile_fx(rewritten.module, list(rewritten.example_inputs))  # type: ignore[assignment, arg-type]
         return lambda *inputs: self.run(rewritten, run, inputs)
 
-    def run(self, graph: RewrittenGraph, run: Callable[..., Sequence[object]], inputs: Sequence[object]) -> list[object]:
-        arguments: dict[int, object] = {number: inputs[position] for number, position in enumerate(graph.kept_inputs)}
-        self.planes = []
-        for binding in graph.static:
-            arguments[binding.planes_input] = self._planes(inputs[binding.key_input], inputs[binding.value_input])
-        results: list[object] = [None] * graph.outputs
-        for append in graph.append:
-            for past, number, outputs in (
-                (inputs[append.key_input], append.key_buffer_input, append.key_outputs),
-                (inputs[append.value_input], append.value_buffer_input, append.value_outputs),
-            ):
-                assert isinstance(past, torch.Tensor)
-                batch, heads, length, dim = past.shape
-                buffer = torch.full((batch, heads, length + append.new_rows + 37, dim), torch.nan, dtype=past.dtype)
-                buffer[:, :, :length] = past
-                arguments[number] = buffer
-                for output in outputs:
-                    results[output] = buffer.narrow(2, 0, length + append.new_rows)
-            if append.planes_input is not None:
-                arguments[append.planes_input] = self._planes(
-                    arguments[append.key_buffer_input], arguments[append.value_buffer_input]
-                )
-        self.counters = self._record(graph, graph.statistics.counters_input, arguments)
-        self.bounds = self._record(graph, graph.statistics.bounds_input, arguments)
-        assert sorted(arguments) == list(range(len(graph.example_inputs))), "an input is bound twice or not at all"
-        for position, value in zip(graph.kept_outputs, run(*(arguments[number] for number in sorted(arguments))), strict=True):
-            results[position] = value
-        return results
+    def run(self, graph: RewrittenGraph, run: Callable[..., Sequence[object]], inputs: Sequence[object]) -> Sequence[object]:
+        report = GraphReport("harness")
 
-    @staticmethod
-    def _record(graph: RewrittenGraph, position: int | None, arguments: dict[int, object]) -> torch.Tensor | None:
-        if position is None:
-            return None
-        example = graph.example_inputs[position]
-        assert isinstance(example, torch.Tensor)
-        arguments[position] = tensor = torch.zeros(tuple(map(int, example.shape)), dtype=example.dtype)
-        return tensor
+        def compiled(*arguments: object) -> Sequence[object]:
+            assert len(arguments) == len(graph.example_inputs)
+            assert all(argument is not None for argument in arguments), "an input is not bound"
+            self.counters, self.bounds = (
+                None if position is None else arguments[position]
+                for position in (graph.statistics.counters_input, graph.statistics.bounds_input)
+            )
+            return run(*arguments)
 
-    def _planes(self, key: object, value: object) -> torch.Tensor:
-        assert isinstance(key, torch.Tensor)
-        assert isinstance(value, torch.Tensor)
-        self.planes.append(torch.zeros(arena_layout(key, value).total, dtype=torch.uint8))
-        return self.planes[-1]
+        return Runtime(compiled, graph, self.options, report, Stores(StalePlanes()))(*inputs)
 
     @property
     def last(self) -> RewrittenGraph:

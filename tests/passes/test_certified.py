@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from alignedkv_compile import ops, torch_private
+from alignedkv_compile.contract import Outcome
+from alignedkv_compile.errors import GraphVerificationError
 from alignedkv_compile.options import Options
 from alignedkv_compile.passes import rewrite_graph
 from alignedkv_compile.passes.editor import GraphEditor
-from alignedkv_compile.passes.records import Outcome
-from alignedkv_compile.passes.verify import GraphVerificationError, verify_rewrite
+from alignedkv_compile.passes.verify import verify_rewrite
 from alignedkv_compile.torch_private import FakeTensorMode, inductor_config
 
 DIM = 16
@@ -106,7 +107,7 @@ def test_caches_on_gpus_are_declined(operations, kind: str, rows: int, guarantee
         assert site.outcome is Outcome.DECLINED
         assert site.reason == "guarantee='worst_case' has generated C++ only; this cache is on cuda:0"
         assert operations(rewritten.module) == operations(original)
-        assert rewritten.static == rewritten.append == ()
+        assert rewritten.caches == ()
 
 
 def test_whatever_triton_is_generated_for_is_declined(make_harness, same_as_stock) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alignedkv_compile.passes.records import Outcome
+from alignedkv_compile.contract import Outcome
 
 ROWS, DIM = 32, 16
 attend = F.scaled_dot_product_attention
@@ -150,8 +150,8 @@ CASES: list[tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = [
     ("between the writes of K and of V", read_between),
     ("a copy of the cache that was made before the write", stale_copy),
     ("paired with two different V caches", two_values),
-    ("sliding-window cache written by roll/copy_", rolled),
-    ("cache read by matmul: attention is not scaled_dot_product_attention", matmul_attention),
+    ("K is also written by copy_", rolled),
+    ("cache read by matmul, which is no known form of attention", matmul_attention),
     ("no attention of this graph reads the cache", after_write(lambda t: t["q"] + 1)),
     ("read-only cache (cross-attention)", lambda t: attend(t["q"], t["K"], t["V"])),
 ]
@@ -166,7 +166,7 @@ def test_reason(harness, same_as_stock, operations, reason: str, layer: Callable
     assert set(harness.outcomes) == {Outcome.DECLINED}
     assert reason in harness.reasons[0], harness.reasons
     assert operations(harness.last.module) == operations(harness.originals[-1])
-    assert harness.last.static == harness.last.append == ()
+    assert harness.last.caches == ()
 
 
 @pytest.mark.parametrize(

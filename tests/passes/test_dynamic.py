@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignedkv_compile.contract import Outcome
 from alignedkv_compile.options import Options
-from alignedkv_compile.passes.records import Outcome
 
 DIM = 16
 
@@ -36,7 +36,7 @@ def test_the_concatenation_becomes_an_append(harness, same_as_stock, operations,
     assert after["cat"] == after["scaled_dot_product_attention"] == 0
     assert after["index_copy_"] == 2
     assert after["quantize_on_write.default"] == after["aligned_read_attention.default"] == 1
-    (binding,) = harness.last.append
+    (binding,) = harness.last.caches
     assert binding.new_rows == rows
     assert len(harness.last.kept_outputs) == harness.last.outputs - 2
 
@@ -90,7 +90,7 @@ def test_two_attentions_over_one_concatenation(harness, same_as_stock, operation
 
     same_as_stock(layer, harness, *inputs())
     assert harness.outcomes == [Outcome.REWRITTEN] * 2
-    assert operations(harness.last.module)["quantize_on_write.default"] == len(harness.last.append) == 1
+    assert operations(harness.last.module)["quantize_on_write.default"] == len(harness.last.caches) == 1
 
 
 def test_tolerance_zero_appends_without_planes(make_harness, same_as_stock, operations) -> None:
@@ -99,7 +99,7 @@ def test_tolerance_zero_appends_without_planes(make_harness, same_as_stock, oper
     after = operations(harness.last.module)
     assert after["quantize_on_write.default"] == after["cat"] == 0
     assert after["index_copy_"] == 2
-    assert harness.last.append[0].planes_input is None
+    assert harness.last.caches[0].planes_input is None
 
 
 def test_an_empty_past(harness, same_as_stock) -> None:
@@ -111,7 +111,7 @@ def test_a_long_query_leaves_the_concatenation_alone(harness, same_as_stock, ope
     same_as_stock(step, harness, *inputs(9, 17))
     assert harness.outcomes == [Outcome.PREFILL]
     assert operations(harness.last.module) == operations(harness.originals[-1])
-    assert harness.last.append == ()
+    assert harness.last.caches == ()
 
 
 def test_near_miss_a_concatenation_that_nobody_keeps_is_no_cache(harness, same_as_stock) -> None:
@@ -135,7 +135,7 @@ def test_another_reader_of_the_rows_is_refused(harness, same_as_stock, change, r
     same_as_stock(layer, harness, *inputs())
     assert harness.outcomes == [Outcome.DECLINED]
     assert reason in harness.reasons[0]
-    assert harness.last.append == ()
+    assert harness.last.caches == ()
 
 
 def test_the_past_may_be_handed_on(harness, same_as_stock) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignedkv_compile.errors import GraphVerificationError
 from alignedkv_compile.options import Options
 from alignedkv_compile.passes.editor import GraphEditor
 from alignedkv_compile.passes.graph_copy import copy_graph
-from alignedkv_compile.passes.verify import GraphVerificationError, verify_rewrite
+from alignedkv_compile.passes.verify import verify_rewrite
 
 DIM = 16
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignedkv_compile.contract import Outcome
 from alignedkv_compile.options import Options
-from alignedkv_compile.passes.records import Outcome
 
 ROWS, DIM = 32, 16
 
@@ -101,7 +101,7 @@ def test_a_long_query_keeps_stock_attention_and_writes_the_planes(harness, same_
     after = operations(harness.last.module)
     assert after["scaled_dot_product_attention"] == after["quantize_on_write.default"] == 1
     assert after["aligned_read_attention.default"] == 0
-    assert len(harness.last.static) == 1
+    assert len(harness.last.caches) == 1
 
 
 def test_a_causal_prefill_is_still_a_prefill(harness, same_as_stock) -> None:
@@ -136,7 +136,7 @@ def test_tolerance_zero_needs_no_planes(make_harness, same_as_stock, operations)
     after = operations(harness.last.module)
     assert after["aligned_read_attention.default"] == 1
     assert after["quantize_on_write.default"] == 0
-    assert harness.last.static == ()
+    assert harness.last.caches == ()
 
 
 def test_options_reach_the_operator(make_harness, same_as_stock) -> None:
@@ -160,7 +160,7 @@ def two_layers(query, key, value, key_cache, value_cache, positions, *, second_w
 def test_two_layers_share_one_cache(harness, same_as_stock, operations, second_writes: bool) -> None:
     same_as_stock(lambda *args: two_layers(*args, second_writes=second_writes), harness, *inputs())
     assert harness.outcomes == [Outcome.REWRITTEN] * 2
-    assert len(harness.last.static) == 1
+    assert len(harness.last.caches) == 1
     assert operations(harness.last.module)["quantize_on_write.default"] == 1 + second_writes
 
 

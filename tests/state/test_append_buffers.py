@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignedkv_compile.append_buffers import SPARE_ROWS, AppendBuffer, AppendBuffers, CacheLengthError, grown_capacity
+from alignedkv_compile.errors import CacheLengthError
 from alignedkv_compile.layout import BLOCK_ROWS, PLANES_VALID
+from alignedkv_compile.state.append_buffers import SPARE_ROWS, AppendBuffer, AppendBuffers, grown_capacity
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignedkv_compile.layout import PLANES_VALID, arena_layout
-from alignedkv_compile.rebuild import PlaneBuilder
+from alignedkv_compile.plane_builder import PlaneBuilder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alignedkv_compile.layout import PLANES_STALE, PLANES_VALID, arena_layout
-from alignedkv_compile.sidecar import (
+from alignedkv_compile.state.sidecar import (
     MAX_CONSECUTIVE_REBUILDS,
     NO_VERSION_COUNTER,
     REBUILD_FAILED,

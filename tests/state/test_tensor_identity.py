@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignedkv_compile.tensor_identity import WeakPairMap, observe
+from alignedkv_compile.state.tensor_identity import WeakPairMap, observe
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from triton_interpreter import interpreted
 
 import alignedkv_compile
-from alignedkv_compile.append_buffers import CacheTooLongError
+from alignedkv_compile.errors import CacheTooLongError
 from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
 from alignedkv_compile.passes import append
 

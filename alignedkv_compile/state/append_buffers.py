@@ -13,29 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
-from . import torch_private
-from .layout import ArenaLayout, padded_rows
-from .rebuild import PLANE_BUILDER, PlaneBuilder
+from .. import torch_private
+from ..errors import CacheLengthError
+from ..layout import ArenaLayout, padded_rows
+from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
 
 GROWTH = 1.5
 """Capacity over live rows when a buffer is made: appends then cost a constant number of copies per row."""
 SPARE_ROWS = 256
 """At least so many rows are free when a buffer is made."""
-
-
-class CacheLengthError(RuntimeError):
-    """A layer's past K and V differ in length, where ``cat`` and attention would have failed too."""
-
-    def __init__(self, key_length: int, value_length: int) -> None:
-        super().__init__(f"the past keys have {key_length} rows but the past values have {value_length}")
-
-
-class CacheTooLongError(RuntimeError):
-    """A cache has outgrown what its compiled code can address."""
-
-    def __init__(self, capacity: int, largest: int) -> None:
-        super().__init__(f"a growing cache of {capacity} rows was needed, but this compiled code addresses {largest} at most")
 
 
 @dataclass(slots=True)
@@ -70,7 +57,7 @@ def grown_capacity(length: int) -> int:
 class AppendBuffers:
     """Every view that compiled code handed out last, and the buffer that it views; an entry dies with the view."""
 
-    def __init__(self, builder: PlaneBuilder = PLANE_BUILDER) -> None:
+    def __init__(self, builder: Builder) -> None:
         self._views: WeakPairMap[AppendBuffer] = WeakPairMap()
         self._builder = builder
 
@@ -143,7 +130,3 @@ def _with_capacity(past: torch.Tensor, capacity: int) -> torch.Tensor:
     buffer[:, :, :length].copy_(past)
     buffer[:, :, length:].zero_()  # the graph may read whole blocks; what lies there must at least be numbers
     return buffer
-
-
-APPEND_BUFFERS: AppendBuffers = AppendBuffers()
-"""The process's buffers: the graphs of different query lengths continue each other's."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import torch_private
-from .layout import PLANES_STALE, arena_layout
-from .rebuild import PLANE_BUILDER, PlaneBuilder
+from .. import torch_private
+from ..layout import PLANES_STALE, arena_layout
+from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Sidecar:
             with torch_private.normal_tensors():
                 self.planes[:8].view(torch.int64).fill_(PLANES_STALE)
 
-    def rebuild(self, key: torch.Tensor, value: torch.Tensor, builder: PlaneBuilder) -> None:
+    def rebuild(self, key: torch.Tensor, value: torch.Tensor, builder: Builder) -> None:
         """Write the planes of all rows; the arena is renewed if ``tensor.data`` was exchanged for another size or device."""
         self.mark_stale()
         if self.planes.numel() != arena_layout(key, value).total or self.planes.device != key.device:
@@ -114,7 +114,7 @@ class SidecarStore:
     not write the same cache at the same time.
     """
 
-    def __init__(self, builder: PlaneBuilder = PLANE_BUILDER) -> None:
+    def __init__(self, builder: Builder) -> None:
         self._pairs: WeakPairMap[Sidecar] = WeakPairMap()
         self._builder = builder
         self._lock = threading.Lock()
@@ -180,7 +180,3 @@ class SidecarStore:
             history.stale_calls = STALE_CALLS
             history.stale_reason = f"{REBUILD_FAILED}{type(error).__name__}: {error}"
             _log.warning("%s", history.stale_reason, exc_info=True)
-
-
-SIDECARS: SidecarStore = SidecarStore()
-"""The process's store: the graphs of prefill and decode, and of any other model over the same cache, find the same planes."""

@@ -1,0 +1,54 @@
+"""The process's side stores, each found by its class, so that a new kind of cache brings its own."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol, TypeVar
+
+import torch
+
+
+class Builder(Protocol):
+    """Writes planes of rows that are there already."""
+
+    def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
+        """Make ``planes`` what writing rows ``[0, rows)`` of the cache, and no others, would have made of an empty arena.
+
+        Args:
+            planes: uint8 arena for the capacity of ``key``; marked stale first and valid at the end, so that an exception
+                leaves it stale.
+            key: ``[B, H, C, Dk]``.
+            value: ``[B, H, C, Dv]``, same dtype.
+            rows: ``<= C``.
+        """
+
+
+class Store(Protocol):
+    """State of one kind of cache."""
+
+    def __init__(self, builder: Builder) -> None: ...
+
+
+AnyStore = TypeVar("AnyStore", bound=Store)
+
+
+class Stores:
+    """One store of each class: the graphs of prefill and decode, and of other models over the same cache, find the same state.
+
+    Args:
+        builder: what the stores build planes with.
+    """
+
+    def __init__(self, builder: Builder) -> None:
+        self._builder = builder
+        self._stores: dict[type, Store] = {}
+        self._lock = threading.Lock()
+
+    def of(self, kind: type[AnyStore]) -> AnyStore:
+        """The store of a class, made when it is first asked for."""
+        with self._lock:
+            store = self._stores.get(kind)
+            if store is None:
+                store = self._stores[kind] = kind(self._builder)
+        assert isinstance(store, kind)
+        return store

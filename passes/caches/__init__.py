@@ -1,0 +1,10 @@
+"""The kinds of KV cache that the passes know, one module each; :mod:`.kind` says what a kind is."""
+
+from __future__ import annotations
+
+from .dynamic import DYNAMIC
+from .kind import CacheKind
+from .static import STATIC
+
+KINDS: tuple[CacheKind, ...] = (STATIC, DYNAMIC)
+"""In the order in which they are asked whether an operand of attention is theirs."""

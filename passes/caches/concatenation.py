@@ -1,0 +1,129 @@
+"""``cat([past, new], -2)``: recognising it, and who else reads the past or the concatenation.
+
+A rewrite that never materialises the concatenation must know every reader of its data. Asking for sizes is fine: those become
+expressions in the symbols that Dynamo passes as inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..editor import GraphEditor
+from ..facts import GraphFacts
+from ..nodes import Declined, arguments, depends_on_data, example, fake, is_metadata, operation, tensor_of
+from ..records import AttentionSite, CacheOperand
+from ..symbols import express, inputs_by_symbol, is_expressible
+from ..views import fold
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """``result = cat([past, new], 2)``: ``past`` is a graph input; ``[B, H, P, D]``, ``[B, H, S, D]``, ``[B, H, P + S, D]``."""
+
+    result: Node
+    past: Node
+    new: Node
+
+
+def concatenation(node: Node) -> Concatenation | None:
+    """A concatenation of a 4-D graph input with new rows, or None."""
+    if operation(node) not in ("cat", "concat", "concatenate"):
+        return None
+    bound = arguments(node, ("tensors", "dim"))
+    tensors, dim = bound.get("tensors"), bound.get("dim", bound.get("axis", 0))
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or dim not in (2, -2):
+        return None
+    past, new = tensors
+    fakes = tensor_of(past), tensor_of(new)
+    if any(tensor is None or tensor.dim() != 4 for tensor in fakes) or operation(past) != "placeholder":
+        return None
+    return Concatenation(node, past, new)
+
+
+def metadata_readers(operand: CacheOperand) -> tuple[Node, ...]:
+    """Users of the past and of the concatenation that only ask for sizes and the like."""
+    return tuple(reader for tensor in (operand.source, operand.rows) for reader in tensor.users if is_metadata(reader))
+
+
+def check_lengths(key: Concatenation, value: Concatenation) -> None:
+    """Past and new rows must be as many in K as in V; Dynamo gives each its own symbol, so a guard says so.
+
+    Raises:
+        Declined: they are not.
+    """
+    for name, left, right in (("past", key.past, value.past), ("new rows", key.new, value.new)):
+        sizes = (fake(left).shape[2], fake(right).shape[2])
+        if any(map(depends_on_data, sizes)):
+            raise Declined(f"the length of the {name} depends on data")
+        if not bool(sizes[0] == sizes[1]):
+            raise Declined(f"K and V have {name} of different lengths")
+
+
+def check_readers(parts: Concatenation, operand: CacheOperand, name: str, facts: GraphFacts, kept: frozenset[Node]) -> None:
+    """Refuse when anything but attention reads the data of the past or of the concatenation.
+
+    Args:
+        kept: nodes between the concatenation and the graph's output that the rewrite replaces.
+
+    Raises:
+        Declined: with the reader.
+    """
+    past, result = parts.past, parts.result
+    others = [other for other in facts.placeholders if other is not past and facts.shares_storage(past, other)]
+    if others:
+        raise Declined(f"{name}'s past shares its storage with another input ({others[0].name})")
+    writers = facts.writers(past) + facts.writers(result)
+    if writers:
+        raise Declined(f"{name} is also written by {operation(writers[0])}")
+    for reader in facts.users(past):
+        if reader is not result and not is_metadata(reader):
+            raise Declined(f"{name}'s past is also read by {operation(reader)}")
+    data_readers(result, name, facts, kept)
+    symbols = inputs_by_symbol(facts.placeholders)
+    for reader in metadata_readers(operand):
+        if not is_expressible(example(reader), symbols):
+            raise Declined(f"{operation(reader)} of {name} is no expression of the graph's inputs")
+    if not is_expressible(fake(past).shape[2], symbols):
+        raise Declined(f"the length of {name}'s past is no input of the graph")
+
+
+def data_readers(result: Node, name: str, facts: GraphFacts, kept: frozenset[Node]) -> frozenset[Node]:
+    """The attention calls that read a concatenation, directly or through views.
+
+    Args:
+        kept: as :func:`check_readers` takes them.
+
+    Raises:
+        Declined: something else reads its data.
+    """
+    found: set[Node] = set()
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        for reader in node.users:
+            if reader in kept or (node is result and (operation(reader) == "output" or is_metadata(reader))):
+                continue
+            call = facts.attention_over(node, reader)
+            if call is not None:
+                found.add(call)
+            elif reader.users and reader.args[0] is node and fold(reader).base is result:
+                pending.append(reader)
+            else:
+                culprit = node if operation(reader) == "output" else reader
+                raise Declined(f"{name} is also read by {operation(culprit)}")
+    return frozenset(found)
+
+
+def express_metadata(site: AttentionSite, editor: GraphEditor) -> None:
+    """Sizes of the past and of the concatenation become expressions over the graph's other inputs."""
+    symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
+    for operand in (site.key, site.value):
+        for reader in metadata_readers(operand):
+            if not reader.users:
+                editor.erase(reader)
+                continue
+            with editor.before(reader, reader):
+                value = express(example(reader), symbols, editor.function)
+            editor.replace(reader, value)

@@ -1,0 +1,296 @@
+"""Attention over a cache that is concatenated anew each step (``DynamicCache``): rows are appended to a growing buffer instead.
+
+  - key = cat([past_key, new_key], -2)                       # past_key: a graph input; key: a graph output
+  + positions = arange(new_rows) + past_length
+  + key_buffer.index_copy_(2, positions, new_key)            # [B, H, capacity, D], capacity a symbol of its own
+  + alignedkv.quantize_on_write(planes, new_key, new_value, positions, capacity)
+  - scaled_dot_product_attention(query, key, value, mask)
+  + alignedkv.aligned_read_attention(query, key_buffer, value_buffer, planes, mask, length=past_length + new_rows, ...)
+
+The past leaves the inputs and the concatenation leaves the outputs: whoever calls the graph passes the buffers that hold the
+past, and returns views of their live prefix. ``key`` and ``value`` are never materialised, so nothing else may read their data,
+or the past's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument
+
+from alignedkv_compile.contract import CallSettings, Outcome
+from alignedkv_compile.errors import CacheTooLongError
+from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
+from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.state.append_buffers import AppendBuffer, AppendBuffers
+from alignedkv_compile.torch_private import fresh_size, generates_triton
+
+from ..attention import check_cache_pair, is_prefill, site_over
+from ..editor import GraphEditor
+from ..facts import GraphFacts
+from ..nodes import Declined, constant, fake
+from ..records import AttentionSite, CacheOperand
+from ..replace_attention import AlignmentOptions, StatisticsInputs, replace_attention
+from ..symbols import express, inputs_by_symbol
+from ..views import Fold, head_repeats
+from .concatenation import (
+    Concatenation,
+    check_lengths,
+    check_readers,
+    concatenation,
+    data_readers,
+    express_metadata,
+    metadata_readers,
+)
+from .kind import CandidateCall, Expected, Positions, WrittenCache
+
+EXAMPLE_CAPACITY = 64
+"""Rows of the example buffer; the compiled code is for any number."""
+MAX_INDEX = 2**31 - 1
+"""Largest offset into a buffer or an arena that 32-bit indexing reaches."""
+NO_CUDA_GRAPHS = (
+    "no CUDA graph: a DynamicCache has another length at every token, and each would be recorded anew (use a StaticCache)"
+)
+
+
+class DynamicKind:
+    """Concatenations of a graph input with new rows that the graph returns."""
+
+    name = "dynamic"
+
+    def claims(self, rows: Node, facts: GraphFacts) -> bool:
+        return rows in facts.outputs and concatenation(rows) is not None
+
+    def site(self, candidate: CandidateCall, facts: GraphFacts) -> AttentionSite:
+        parts = _parts(candidate.key.base), _parts(candidate.value.base)
+        check_cache_pair(parts[0].past, parts[1].past)
+        key, value = (_operand(folded, part) for folded, part in zip((candidate.key, candidate.value), parts, strict=True))
+        if not is_prefill(candidate.call):
+            for operand, part, name in zip((key, value), parts, ("K", "V"), strict=True):
+                check_readers(part, operand, name, facts, frozenset())
+            check_lengths(*parts)
+        return site_over(candidate.call, self, candidate.index, key, value)
+
+    def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> AppendPair | None:
+        rewritten = tuple(site for site in sites if site.outcome is Outcome.REWRITTEN)
+        if not rewritten:
+            return None
+        key, value = _parts(sites[0].key.rows), _parts(sites[0].value.rows)
+        calls = {site.attention for site in rewritten}
+        for part, name in ((key, "K"), (value, "V")):
+            if not data_readers(part.result, name, facts, frozenset()) <= calls:
+                raise Declined("another attention call over the same cache is not rewritten")
+        return AppendPair(key, value, int(fake(key.new).shape[2]), rewritten)
+
+    def written_by(self, node: Node, facts: GraphFacts) -> WrittenCache | None:
+        parts = concatenation(node)
+        return WrittenCache(parts.past, node, "cat") if parts is not None and facts.is_returned(node) else None
+
+
+DYNAMIC = DynamicKind()
+
+
+@dataclass(frozen=True)
+class AppendPair:
+    """One layer's concatenated K and V, to be replaced by a growing buffer.
+
+    Attributes:
+        key, value: the concatenations.
+        new_rows: rows appended.
+        sites: the attention calls over the pair; all are REWRITTEN.
+    """
+
+    key: Concatenation
+    value: Concatenation
+    new_rows: int
+    sites: tuple[AttentionSite, ...]
+    preallocated: tuple[Node, ...] = ()
+
+    def expected(self, options: AlignmentOptions) -> Expected:
+        first = self.sites[0]
+        metadata = frozenset(node.name for operand in (first.key, first.value) for node in metadata_readers(operand))
+        chains = {node.name for site in self.sites for node in (*site.key.chain, *site.value.chain)}
+        replaced = {part.name for pair in (self.key, self.value) for part in (pair.past, pair.result)}
+        return Expected(metadata | chains | replaced, metadata, int(options.tolerance > 0))
+
+    def rewrite(
+        self, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs
+    ) -> AppendInputs:
+        symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
+        inputs = self._inputs(number, editor, with_planes=options.tolerance > 0)
+        new_key, new_value = editor.current(self.key.new), editor.current(self.value.new)
+        with editor.after_both(self.key.result, self.value.result):
+            past_length = express(fake(self.key.past).shape[2], symbols, editor.function)
+            length = _plus(past_length, self.new_rows, editor)
+            steps = editor.function(torch.arange, self.new_rows, device=fake(self.key.past).device)
+            positions = editor.function(operator.add, steps, past_length)  # type: ignore[arg-type]
+            editor.method("index_copy_", inputs.key_buffer, 2, positions, new_key)
+            editor.method("index_copy_", inputs.value_buffer, 2, positions, new_value)
+            if inputs.planes is not None:
+                capacity = editor.method("size", inputs.key_buffer, 2)
+                editor.function(quantize_on_write.default, inputs.planes, new_key, new_value, positions, capacity)
+        for site in self.sites:
+            replace_attention(
+                site,
+                editor,
+                options,
+                key=inputs.key_buffer,
+                value=inputs.value_buffer,
+                planes=inputs.planes,
+                length=length,
+                statistics=statistics,
+            )
+        express_metadata(self.sites[0], editor)
+        self._drop_concatenations(editor)
+        return inputs
+
+    def _inputs(self, number: int, editor: GraphEditor, *, with_planes: bool) -> AppendInputs:
+        key, value = fake(self.key.past), fake(self.value.past)
+        batch = key.shape[0]
+        heads, key_dim, value_dim = constant(key.shape[1]), constant(key.shape[3]), constant(value.shape[3])
+        largest = largest_capacity(key, value)
+        capacity = fresh_size(editor.fake_mode, EXAMPLE_CAPACITY, f"alignedkv_capacity_{number}", largest)
+        # The layout is written for ints; symbolic sizes compute alike.
+        arena = ArenaLayout(batch * heads, cast(int, capacity), key_dim, value_dim)
+        names = [f"alignedkv_{part}_{number}" for part in ("key_buffer", "value_buffer", "append_planes")]
+        return AppendInputs(
+            pair=self,
+            key_buffer=editor.placeholder(names[0], (batch, heads, capacity, key_dim), key.dtype, key.device),
+            value_buffer=editor.placeholder(names[1], (batch, heads, capacity, value_dim), value.dtype, key.device),
+            planes=editor.placeholder(names[2], (arena.total,), torch.uint8, key.device) if with_planes else None,
+            largest_capacity=largest,
+        )
+
+    def _drop_concatenations(self, editor: GraphEditor) -> None:
+        output = editor.graph.output_node()
+        dropped = (self.key.result, self.value.result)
+        kept: list[Argument] = [value for value in output.args[0] if value not in dropped]  # type: ignore[union-attr]
+        output.args = (tuple(kept),)
+        for node in (*dropped, self.key.past, self.value.past):
+            editor.erase(node)
+
+
+@dataclass(frozen=True)
+class AppendInputs:
+    """The graph inputs that stand in for one layer's past."""
+
+    pair: AppendPair
+    key_buffer: Node
+    value_buffer: Node
+    planes: Node | None
+    largest_capacity: int | None
+
+    @property
+    def dropped_outputs(self) -> frozenset[Node]:
+        return frozenset([self.pair.key.result, self.pair.value.result])
+
+    def binding(self, positions: Positions) -> AppendBinding:
+        inputs, now = positions.inputs, positions.now
+        return AppendBinding(
+            key_input=inputs.index(self.pair.key.past),
+            value_input=inputs.index(self.pair.value.past),
+            key_buffer_input=now.index(self.key_buffer),
+            value_buffer_input=now.index(self.value_buffer),
+            planes_input=None if self.planes is None else now.index(self.planes),
+            key_outputs=positions.returned(self.pair.key.result),
+            value_outputs=positions.returned(self.pair.value.result),
+            new_rows=self.pair.new_rows,
+            largest_capacity=self.largest_capacity,
+        )
+
+
+@dataclass(frozen=True)
+class AppendBinding:
+    """A growing buffer that stands in for one layer's concatenated K and V.
+
+    Attributes:
+        key_input, value_input: positions of the past tensors among Dynamo's example inputs (they are not passed on).
+        key_buffer_input, value_buffer_input, planes_input: positions among the rewritten graph's inputs; ``planes_input`` is
+            None at tolerance 0.
+        key_outputs, value_outputs: positions among Dynamo's graph outputs that are filled with views of the buffers' live
+            prefix; the rewritten graph does not return them.
+        new_rows: how many rows a call appends (query lengths are specialised, so it is an int).
+        largest_capacity: rows that the compiled code can address in a buffer, or None.
+    """
+
+    key_input: int
+    value_input: int
+    key_buffer_input: int
+    value_buffer_input: int
+    planes_input: int | None
+    key_outputs: tuple[int, ...]
+    value_outputs: tuple[int, ...]
+    new_rows: int
+    largest_capacity: int | None = None
+    no_cuda_graphs: str = NO_CUDA_GRAPHS
+
+    def bind(self, settings: CallSettings) -> BoundAppend:
+        return BoundAppend(self, settings)
+
+
+class BoundAppend:
+    """Hands a buffer that holds the past to the graph, and views of its live rows to the caller."""
+
+    def __init__(self, binding: AppendBinding, settings: CallSettings) -> None:
+        self._binding = binding
+        self._buffers = settings.stores.of(AppendBuffers)
+
+    def before_call(self, args: Sequence[Any], inputs: list[object]) -> AppendBuffer:
+        binding = self._binding
+        past_key, past_value = args[binding.key_input], args[binding.value_input]
+        with_planes = binding.planes_input is not None
+        buffer = self._buffers.before_call(past_key, past_value, binding.new_rows, with_planes=with_planes)
+        if binding.largest_capacity is not None and buffer.capacity > binding.largest_capacity:
+            raise CacheTooLongError(buffer.capacity, binding.largest_capacity)
+        inputs[binding.key_buffer_input] = buffer.key
+        inputs[binding.value_buffer_input] = buffer.value
+        if binding.planes_input is not None:
+            inputs[binding.planes_input] = buffer.planes
+        return buffer
+
+    def after_call(self, held: AppendBuffer, args: Sequence[Any], outputs: list[object]) -> None:
+        key_view, value_view = self._buffers.after_call(held, self._binding.new_rows)
+        for position in self._binding.key_outputs:
+            outputs[position] = key_view
+        for position in self._binding.value_outputs:
+            outputs[position] = value_view
+
+    def failed(self, held: AppendBuffer) -> None:
+        """The past has lost its claim on the buffer already: who continues it gets a copy."""
+
+
+def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Rows that a buffer may have in compiled code; None where there is no limit.
+
+    Where Inductor generates Triton, it indexes with 32 bits and guards on sizes; but nobody could evaluate a guard on the
+    capacity, which is no size of Dynamo's. So the capacity is declared to be small enough, and the runtime sees to it.
+    """
+    if not generates_triton(key.device):
+        return None
+    heads = constant(key.shape[0]) * constant(key.shape[1])
+    arena = ArenaLayout(heads, BLOCK_ROWS, constant(key.shape[3]), constant(value.shape[3]))
+    return MAX_INDEX // arena.total * BLOCK_ROWS
+
+
+def _parts(node: Node) -> Concatenation:
+    parts = concatenation(node)
+    assert parts is not None
+    return parts
+
+
+def _operand(folded: Fold, parts: Concatenation) -> CacheOperand:
+    if fake(parts.past).dtype != fake(parts.new).dtype:
+        raise Declined("past and new rows have different dtypes")
+    return CacheOperand(parts.past, parts.result, folded.chain, head_repeats(folded))
+
+
+def _plus(past_length: object, rows: int, editor: GraphEditor) -> Node | int:
+    if isinstance(past_length, int):
+        return past_length + rows
+    assert isinstance(past_length, Node)
+    return editor.function(operator.add, past_length, rows)

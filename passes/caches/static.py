@@ -1,0 +1,261 @@
+"""Attention over a preallocated cache (``StaticCache``): planes beside the cache, which stays as it is.
+
+  key_cache.index_copy_(2, positions, new_key)            # placeholders, written in place
+  value_cache.index_copy_(2, positions, new_value)
++ alignedkv.quantize_on_write(planes, new_key, new_value, positions, capacity)
+- scaled_dot_product_attention(query, repeat_kv(key_cache), repeat_kv(value_cache), mask, scale=scale)
++ alignedkv.aligned_read_attention(query, key_cache, value_cache, planes, mask, length=capacity, scale=scale, ...)
+
+The attention reads the placeholder or ``index_copy_``'s result, which is the same tensor: the dependency is program order.
+With certified reads it is ``certified_read_attention``, with its ``bounds``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from alignedkv_compile.contract import CallSettings, Outcome
+from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.state.sidecar import RebuildHistory, Sidecar, SidecarStore
+
+from ..attention import check_cache_pair, site_over
+from ..editor import GraphEditor
+from ..facts import GraphFacts
+from ..nodes import Declined, arguments, fake, operation, tensor_of
+from ..records import AttentionSite, CacheOperand
+from ..replace_attention import AlignmentOptions, StatisticsInputs, replace_attention
+from ..views import Fold, head_repeats
+from .kind import CandidateCall, Expected, Positions, WrittenCache
+from .planes import capacity_of, planes_placeholder
+
+_INDEX_COPY = ("self", "dim", "index", "source")
+
+
+@dataclass(frozen=True)
+class WritePair:
+    """One step's write of K and of V into a pair of preallocated caches, at the same positions: nodes of ``[B, H, S, D]`` and
+    int64 ``[S]``."""
+
+    key: Node
+    value: Node
+    new_key: Node
+    new_value: Node
+    positions: Node
+
+
+class StaticKind:
+    """Placeholders that the graph writes rows of."""
+
+    name = "static"
+
+    def claims(self, rows: Node, facts: GraphFacts) -> bool:
+        return written_cache(rows, facts) is not None
+
+    def site(self, candidate: CandidateCall, facts: GraphFacts) -> AttentionSite:
+        key_cache, value_cache = (written_cache(folded.base, facts) for folded in (candidate.key, candidate.value))
+        assert key_cache is not None
+        assert value_cache is not None
+        check_cache_pair(key_cache, value_cache)
+        last = _last_write(write_pairs(key_cache, value_cache, facts), candidate.call.node, facts)
+        key = _operand(candidate.key, key_cache, last.key, facts)
+        value = _operand(candidate.value, value_cache, last.value, facts)
+        return site_over(candidate.call, self, candidate.index, key, value)
+
+    def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> StaticPair:
+        key, value = sites[0].key.source, sites[0].value.source
+        return StaticPair(key, value, write_pairs(key, value, facts), tuple(sites))
+
+    def written_by(self, node: Node, facts: GraphFacts) -> WrittenCache | None:
+        source = written_cache(node, facts) if is_index_copy(node) else None
+        return None if source is None else WrittenCache(source, source, arguments(node, _INDEX_COPY).get("index"))
+
+
+STATIC = StaticKind()
+
+
+@dataclass(frozen=True)
+class StaticPair:
+    """Two placeholders ``[B, H, C, D]`` that are one layer's K and V, or several layers' that share them.
+
+    Attributes:
+        key, value: the placeholders.
+        writes: every write of the pair in the graph, in order.
+        sites: the attention calls over it that are REWRITTEN or PREFILL.
+    """
+
+    key: Node
+    value: Node
+    writes: tuple[WritePair, ...]
+    sites: tuple[AttentionSite, ...]
+
+    @property
+    def preallocated(self) -> tuple[Node, ...]:
+        return self.key, self.value
+
+    def expected(self, options: AlignmentOptions) -> Expected:
+        chains = (node.name for site in self.sites for node in (*site.key.chain, *site.value.chain))
+        return Expected(frozenset(chains), frozenset(), len(self.writes) if options.tolerance > 0 else 0)
+
+    def rewrite(
+        self, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs
+    ) -> StaticInputs | None:
+        planes = planes_placeholder(self.key, self.value, number, editor) if options.tolerance > 0 else None
+        for write in self.writes if planes is not None else ():
+            with editor.after_both(write.key, write.value):
+                rows = (editor.current(node) for node in (write.new_key, write.new_value, write.positions))
+                editor.function(quantize_on_write.default, planes, *rows, capacity_of(self.key, editor))
+        for site in self.sites:
+            if site.outcome is Outcome.REWRITTEN:
+                with editor.before(site.attention, site.attention):
+                    length = capacity_of(self.key, editor)
+                replace_attention(
+                    site, editor, options, key=self.key, value=self.value, planes=planes, length=length, statistics=statistics
+                )
+        return None if planes is None else StaticInputs(self.key, self.value, planes)
+
+
+@dataclass(frozen=True)
+class StaticInputs:
+    """A pair of cache placeholders, and that of their planes."""
+
+    key: Node
+    value: Node
+    planes: Node
+    dropped_outputs: frozenset[Node] = frozenset()
+
+    def binding(self, positions: Positions) -> StaticBinding:
+        inputs = positions.inputs
+        return StaticBinding(inputs.index(self.key), inputs.index(self.value), positions.now.index(self.planes))
+
+
+@dataclass(frozen=True)
+class StaticBinding:
+    """A plane arena that rides beside a pair of preallocated cache tensors.
+
+    Attributes:
+        key_input, value_input: positions of the cache tensors among Dynamo's example inputs.
+        planes_input: position of the arena among the rewritten graph's inputs.
+    """
+
+    key_input: int
+    value_input: int
+    planes_input: int
+    no_cuda_graphs: str = ""
+
+    def bind(self, settings: CallSettings) -> BoundStatic:
+        return BoundStatic(self, settings)
+
+
+class BoundStatic:
+    """Hands the planes of whatever pair of caches comes to the graph, and remembers the caches as the call left them."""
+
+    def __init__(self, binding: StaticBinding, settings: CallSettings) -> None:
+        self._binding = binding
+        self._settings = settings
+        self._sidecars = settings.stores.of(SidecarStore)
+        self._history: RebuildHistory | None = None
+
+    def before_call(self, args: Sequence[Any], inputs: list[object]) -> Sidecar:
+        key, value = args[self._binding.key_input], args[self._binding.value_input]
+        trust = self._settings.trust_unversioned
+        sidecar = self._sidecars.before_call(key, value, self._history, trust_unversioned=trust)
+        self._history = sidecar.history
+        if not sidecar.valid:
+            self._settings.note(sidecar.history.stale_reason)
+        inputs[self._binding.planes_input] = sidecar.planes
+        return sidecar
+
+    def after_call(self, held: Sidecar, args: Sequence[Any], outputs: list[object]) -> None:
+        held.record(args[self._binding.key_input], args[self._binding.value_input])
+
+    def failed(self, held: Sidecar) -> None:
+        held.mark_stale()
+
+
+def is_index_copy(node: Node) -> bool:
+    """Whether a node writes rows of a ``[B, H, C, D]`` tensor by ``index_copy_`` on dimension 2."""
+    if operation(node) != "index_copy_":
+        return False
+    bound = arguments(node, _INDEX_COPY)
+    target = tensor_of(bound.get("self"))
+    return target is not None and target.dim() == 4 and bound.get("dim") in (2, -2)
+
+
+def written_cache(node: Node, facts: GraphFacts) -> Node | None:
+    """The placeholder that a tensor is, when the graph writes it: itself, or behind ``index_copy_`` results."""
+    while operation(node) == "index_copy_":
+        node = arguments(node, _INDEX_COPY)["self"]  # type: ignore[assignment]
+    return node if facts.is_cache_input(node) and facts.writers(node) else None
+
+
+def write_pairs(key: Node, value: Node, facts: GraphFacts) -> tuple[WritePair, ...]:
+    """Every write of a pair of caches, K's first write with V's first and so on.
+
+    Raises:
+        Declined: a cache is written in any other way, or K and V at different positions.
+    """
+    for cache, name in ((key, "K"), (value, "V")):
+        _check_memory(cache, name, facts)
+    key_writes, value_writes = facts.writers(key), facts.writers(value)
+    if len(key_writes) != len(value_writes):
+        raise Declined(f"K is written {len(key_writes)} times and V {len(value_writes)} times")
+    pairs = tuple(_write_pair(*written, facts) for written in zip(key_writes, value_writes, strict=True))
+    for earlier, later in itertools.pairwise(pairs):
+        if max(facts.order[earlier.key], facts.order[earlier.value]) > min(facts.order[later.key], facts.order[later.value]):
+            raise Declined("K and V are written twice before the pair is complete")
+    return pairs
+
+
+def _last_write(writes: tuple[WritePair, ...], attention: Node, facts: GraphFacts) -> WritePair:
+    """The write whose rows attention sees."""
+    before = [pair for pair in writes if facts.order[pair.key] < facts.order[attention]]
+    if not before:
+        raise Declined("the cache is written after the attention reads it")
+    if facts.order[before[-1].value] > facts.order[attention]:
+        raise Declined("the attention reads the cache between the writes of K and of V")
+    return before[-1]
+
+
+def _check_memory(cache: Node, name: str, facts: GraphFacts) -> None:
+    facts.check_unshared(cache, name)
+    for writer in facts.writers(cache):
+        if not is_index_copy(writer) or written_cache(writer, facts) is not cache:
+            raise Declined(f"{name} is also written by {operation(writer)}")
+        _check_write(writer, cache, name)
+
+
+def _check_write(write: Node, cache: Node, name: str) -> None:
+    bound = arguments(write, _INDEX_COPY)
+    rows, positions, tensor = tensor_of(bound.get("source")), tensor_of(bound.get("index")), fake(cache)
+    if rows is None or rows.dim() != 4 or rows.dtype != tensor.dtype:
+        raise Declined(f"the rows written to {name} are no 4-D tensor of its dtype")
+    if positions is None or positions.dim() != 1 or positions.dtype != torch.int64:
+        raise Declined(f"the positions written to {name} are no 1-D int64 tensor")
+
+
+def _write_pair(key: Node, value: Node, facts: GraphFacts) -> WritePair:
+    key_bound, value_bound = arguments(key, _INDEX_COPY), arguments(value, _INDEX_COPY)
+    new_key, new_value, positions = key_bound["source"], value_bound["source"], key_bound["index"]
+    assert isinstance(new_key, Node)
+    assert isinstance(new_value, Node)
+    assert isinstance(positions, Node)
+    if positions is not value_bound["index"]:
+        raise Declined("K and V are written at different positions")
+    first, last = sorted((key, value), key=facts.order.__getitem__)
+    if any(facts.written_between(operand, first, last) for operand in (new_key, new_value, positions)):
+        raise Declined("the new rows or their positions change between the writes of K and of V")
+    return WritePair(key, value, new_key, new_value, positions)
+
+
+def _operand(folded: Fold, cache: Node, write: Node, facts: GraphFacts) -> CacheOperand:
+    for node in folded.chain:
+        before_write = facts.order[node] < facts.order[write]
+        if before_write and not facts.shares_storage(cache, node):
+            raise Declined("attention reads a copy of the cache that was made before the write")
+    return CacheOperand(cache, cache, folded.chain, head_repeats(folded))
