@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,39 +62,58 @@ class StatisticsInputs:
         return {**given, "site": site} if given else {}
 
 
+@dataclass(frozen=True)
+class CacheRead:
+    """What one aligned read reads.
+
+    Attributes:
+        key, value: the cache tensors or buffers, ``[B, H, C, D]``.
+        planes: their planes, or None.
+        length: live rows, the bound of what is read.
+        mask: four-dimensional, its last dimension ``length`` or ``C``; or None.
+    """
+
+    key: Node
+    value: Node
+    planes: Node | None
+    length: Node | int
+    mask: Node | None
+
+
+def mask_of(site: AttentionSite, editor: GraphEditor) -> Node | None:
+    """A site's mask with four dimensions."""
+    mask = None if site.mask is None else editor.current(site.mask)
+    while mask is not None and fake(mask).dim() < 4:
+        mask = editor.method("unsqueeze", mask, 0)
+    return mask
+
+
 def replace_attention(
     site: AttentionSite,
     editor: GraphEditor,
     options: AlignmentOptions,
-    *,
-    key: Node,
-    value: Node,
-    planes: Node | None,
-    length: Node | int,
     statistics: StatisticsInputs,
+    read: Callable[[AttentionSite, GraphEditor], CacheRead],
 ) -> None:
     """Put an aligned or a certified read in the place of a site's attention, and erase the chains that only it used.
 
     Args:
-        key, value: the cache tensors or append buffers, ``[B, H, C, D]``.
-        length: live rows, the bound of what is read.
+        read: what is read; called where nodes are inserted in front of the attention.
     """
     original = fake(site.attention)
     with editor.before(site.attention, site.attention):
-        mask = None if site.mask is None else editor.current(site.mask)
-        while mask is not None and fake(mask).dim() < 4:
-            mask = editor.method("unsqueeze", mask, 0)
+        reads = read(site, editor)
         result = editor.function(
             statistics.operator,
             editor.current(site.query),
-            key,
-            value,
-            planes,
-            mask,
-            length=length,
+            reads.key,
+            reads.value,
+            reads.planes,
+            reads.mask,
+            length=reads.length,
             scale=site.scale,
             tolerance=float(options.tolerance),
-            unit_roundoff=options.unit_roundoff(fake(key).dtype),
+            unit_roundoff=options.unit_roundoff(fake(reads.key).dtype),
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )

@@ -30,10 +30,10 @@ class AppendBuffer:
     """Storage of one layer's K and V with room behind the live rows.
 
     Attributes:
-        key: ``[B, H, C, Dk]``; rows ``[0, length)`` are live.
+        key: ``[B, H, C, Dk]``.
         value: ``[B, H, C, Dv]``.
         planes: uint8 arena for ``C`` rows that covers the live rows, or None.
-        length: live rows.
+        start, length: rows ``[start, length)`` are live.
         seen: the two views handed out last, as they were then.
     """
 
@@ -41,6 +41,7 @@ class AppendBuffer:
     value: torch.Tensor
     planes: torch.Tensor | None
     length: int
+    start: int = 0
     seen: object = None
 
     @property
@@ -65,7 +66,7 @@ class AppendBuffers:
         return len(self._views)
 
     def before_call(
-        self, past_key: torch.Tensor, past_value: torch.Tensor, new_rows: int, *, with_planes: bool
+        self, past_key: torch.Tensor, past_value: torch.Tensor, new_rows: int, *, with_planes: bool, any_start: bool = False
     ) -> AppendBuffer:
         """A buffer whose live rows are the past's and which has room for ``new_rows`` more.
 
@@ -77,6 +78,7 @@ class AppendBuffers:
             past_value: ``[B, H, L, Dv]``, same dtype.
             new_rows: rows that the call appends.
             with_planes: whether the graph reads and writes planes.
+            any_start: whether the live rows may begin behind the buffer's first.
 
         Raises:
             CacheLengthError: the two pasts have different lengths.
@@ -85,7 +87,12 @@ class AppendBuffers:
         if past_value.shape[2] != length:
             raise CacheLengthError(length, past_value.shape[2])
         buffer = self._views.pop(past_key, past_value)
-        if buffer is None or buffer.seen != observe(past_key, past_value) or length + new_rows > buffer.capacity:
+        if (
+            buffer is None
+            or buffer.seen != observe(past_key, past_value)
+            or buffer.length + new_rows > buffer.capacity
+            or (buffer.start > 0 and not any_start)
+        ):
             return self._copy(past_key, past_value, length + new_rows, with_planes)
         if with_planes and buffer.planes is None:
             buffer.planes = self._build_planes(buffer)
@@ -93,15 +100,21 @@ class AppendBuffers:
             buffer.planes = None  # the graph does not keep them up
         return buffer
 
-    def after_call(self, buffer: AppendBuffer, new_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def after_call(self, buffer: AppendBuffer, new_rows: int, keep: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the live rows, ``new_rows`` more than before; they may be continued in place.
+
+        Args:
+            keep: at most so many rows stay live, the last ones.
 
         Returns:
             ``[B, H, L, Dk]`` and ``[B, H, L, Dv]``.
         """
         buffer.length += new_rows
-        key_view = buffer.key.narrow(2, 0, buffer.length)
-        value_view = buffer.value.narrow(2, 0, buffer.length)
+        if keep is not None:
+            buffer.start = max(buffer.start, buffer.length - keep)
+        live = buffer.length - buffer.start
+        key_view = buffer.key.narrow(2, buffer.start, live)
+        value_view = buffer.value.narrow(2, buffer.start, live)
         buffer.seen = observe(key_view, value_view)
         self._views.set(key_view, value_view, buffer)
         return key_view, value_view

@@ -14,6 +14,7 @@ or the past's.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, replace_attention
+from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..symbols import express, inputs_by_symbol
 from ..views import Fold, head_repeats
 from .concatenation import (
@@ -135,16 +136,7 @@ class AppendPair:
                 capacity = editor.method("size", inputs.key_buffer, 2)
                 editor.function(quantize_on_write.default, inputs.planes, new_key, new_value, positions, capacity)
         for site in self.sites:
-            replace_attention(
-                site,
-                editor,
-                options,
-                key=inputs.key_buffer,
-                value=inputs.value_buffer,
-                planes=inputs.planes,
-                length=length,
-                statistics=statistics,
-            )
+            replace_attention(site, editor, options, statistics, functools.partial(inputs.read, length))
         express_metadata(self.sites[0], editor)
         self._drop_concatenations(editor)
         return inputs
@@ -184,6 +176,9 @@ class AppendInputs:
     value_buffer: Node
     planes: Node | None
     largest_capacity: int | None
+
+    def read(self, length: Node | int, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+        return CacheRead(self.key_buffer, self.value_buffer, self.planes, length, mask_of(site, editor))
 
     @property
     def dropped_outputs(self) -> frozenset[Node]:

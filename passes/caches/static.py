@@ -12,6 +12,7 @@ With certified reads it is ``certified_read_attention``, with its ``bounds``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, fake, operation, tensor_of
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, replace_attention
+from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..views import Fold, head_repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .planes import capacity_of, planes_placeholder
@@ -112,12 +113,11 @@ class StaticPair:
                 editor.function(quantize_on_write.default, planes, *rows, capacity_of(self.key, editor))
         for site in self.sites:
             if site.outcome is Outcome.REWRITTEN:
-                with editor.before(site.attention, site.attention):
-                    length = capacity_of(self.key, editor)
-                replace_attention(
-                    site, editor, options, key=self.key, value=self.value, planes=planes, length=length, statistics=statistics
-                )
+                replace_attention(site, editor, options, statistics, functools.partial(self._read, planes))
         return None if planes is None else StaticInputs(self.key, self.value, planes)
+
+    def _read(self, planes: Node | None, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+        return CacheRead(self.key, self.value, planes, capacity_of(self.key, editor), mask_of(site, editor))
 
 
 @dataclass(frozen=True)
