@@ -74,15 +74,12 @@ def _site(candidate: CandidateCall, facts: GraphFacts) -> AttentionSite | None:
         if not facts.inference_only:
             raise Declined("an input requires grad while grad mode is on: the backend is for inference only")
         return kinds[0].site(candidate, facts)
-    if kinds == [None, None] and all(facts.is_cache_input(base) for base in bases):
-        raise Declined("read-only cache (cross-attention) is not supported yet")
     for base, kind in zip(bases, kinds, strict=True):
         cache = None if kind is not None else _cache_behind(base, facts)
         if cache is not None and not facts.is_cache_input(base):
             raise Declined(_detour(base, cache, facts))
-    if kinds != [None, None]:
-        name = "K" if kinds[0] is not None else "V"
-        raise Declined(f"only {name} comes from a cache that this graph writes")
+    if kinds != [None, None] and any(facts.writers(base) or facts.is_returned(base) for base in bases):
+        raise Declined("K and V come from different kinds of cache, or one of them from none")
     return None
 
 

@@ -142,13 +142,14 @@ def _check_sites(nodes: list[Node], before: GraphSnapshot, editor: GraphEditor) 
 
 
 def _check_order(nodes: list[Node]) -> None:
-    """Planes are written before they are read."""
+    """Planes that this graph writes are written before they are read."""
+    all_written = {node.args[0] for node in nodes if operation(node) == WRITE}
     written: set[object] = set()
     for node in nodes:
         if operation(node) == WRITE:
             written.add(node.args[0])
-        if operation(node) in (READ, CERTIFIED_READ) and node.args[3] is not None and node.args[3] not in written:
-            raise GraphVerificationError(f"{node.name} reads planes that nothing wrote yet")
+        if operation(node) in (READ, CERTIFIED_READ) and node.args[3] in all_written - written:
+            raise GraphVerificationError(f"{node.name} reads planes before they are written")
 
 
 def _check_counts(nodes: list[Node], before: GraphSnapshot, pairing: Pairing, options: AlignmentOptions) -> None:

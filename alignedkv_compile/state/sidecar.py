@@ -79,7 +79,11 @@ class Sidecar:
 
     def is_current(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether the tensors are as :meth:`record` last saw them."""
-        return self.valid and self._seen == observe(key, value, self.versioned)
+        return self.valid and self.was_seen(key, value)
+
+    def was_seen(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """The same, whether or not the planes were kept up with the tensors."""
+        return self._seen == observe(key, value, self.versioned)
 
     def record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Remember the tensors as a call left them, the planes having been kept up with them."""
@@ -149,6 +153,29 @@ class SidecarStore:
             sidecar.history.rebuilds = 0
         else:
             self._refresh(sidecar, key, value)
+        return sidecar
+
+    def before_read(self, key: torch.Tensor, value: torch.Tensor, *, trust_unversioned: bool = False) -> Sidecar:
+        """The planes of a pair that nobody is expected to write: stale until the pair comes, unchanged, for a second time.
+
+        Args:
+            key, value, trust_unversioned: as :meth:`before_call` takes them.
+        """
+        sidecar = self._pairs.get(key, value)
+        if sidecar is None:
+            sidecar = self._create(key, value, None)
+            sidecar.record(key, value)
+        elif not sidecar.versioned and not trust_unversioned:
+            sidecar.mark_stale()
+            sidecar.history.stale_reason = NO_VERSION_COUNTER
+        elif not sidecar.was_seen(key, value):
+            sidecar.mark_stale()
+            sidecar.record(key, value)
+        elif sidecar.valid:
+            sidecar.history.rebuilds = 0
+        else:
+            self._refresh(sidecar, key, value)
+            sidecar.record(key, value)
         return sidecar
 
     def _create(self, key: torch.Tensor, value: torch.Tensor, previous: RebuildHistory | None) -> Sidecar:

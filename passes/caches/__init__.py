@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .dynamic import DYNAMIC
 from .kind import CacheKind
+from .read_only import READ_ONLY
 from .static import STATIC
 
-KINDS: tuple[CacheKind, ...] = (STATIC, DYNAMIC)
+KINDS: tuple[CacheKind, ...] = (STATIC, DYNAMIC, READ_ONLY)
 """In the order in which they are asked whether an operand of attention is theirs."""

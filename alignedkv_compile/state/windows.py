@@ -1,0 +1,139 @@
+"""Sliding windows beside caches that are shifted by one row at every step: rows are appended behind the window instead.
+
+A full ``StaticSlidingWindowLayer`` moves every row down by one place at every token. Planes cannot follow that: a row's dither
+and its block's sum belong to its place. So a window's rows are kept once more, in a buffer with room behind them, where a step
+writes one row and the window moves on. Only when the room is used up do the rows move, from the cache itself, to the front.
+
+The model's cache stays authoritative: as with planes beside static caches, whatever is not as the last call left it is copied
+anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import torch_private
+from ..layout import PLANES_STALE, arena_layout, padded_rows
+from .stores import Builder
+from .tensor_identity import WeakPairMap, observe
+
+MAX_CONSECUTIVE_COPIES = 4
+"""So many calls in a row may find the cache changed and have planes made for it; then somebody evidently writes it between all
+calls, and rows are copied without planes."""
+
+CHANGED_TOO_OFTEN = (
+    f"the sliding window was written by other code before each of {MAX_CONSECUTIVE_COPIES} calls in a row; its rows are copied"
+    " at each call and every bit is read"
+)
+NO_VERSION_COUNTER = (
+    "the cache was allocated under torch.inference_mode(): such tensors count no versions, so a write by anybody else would go"
+    " unseen; the sliding window is copied at each call and every bit is read (allocate the cache under torch.no_grad(), or set"
+    " assume_exclusive_cache)"
+)
+
+
+def window_capacity(rows: int) -> int:
+    """Rows of the buffer for a window of ``rows`` rows: half as many again, so that a step copies two rows on average."""
+    return padded_rows(rows + rows // 2 + 1)
+
+
+@dataclass(slots=True)
+class Window:
+    """Storage of one layer's window with room behind it.
+
+    Attributes:
+        key: ``[B, H, C, Dk]``; rows ``[end - W, end)`` are those of the cache ``[B, H, W, Dk]``.
+        value: ``[B, H, C, Dv]``.
+        planes: uint8 arena for ``C`` rows, or None.
+        position: int64 ``[1]``, holds ``end`` for the graph.
+        end: as above.
+        copies: calls in a row that found the cache changed.
+        note: why the planes are stale, or "".
+        seen: the cache as the last call left it.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    planes: torch.Tensor | None
+    position: torch.Tensor
+    end: int = 0
+    copies: int = 0
+    note: str = ""
+    seen: object = None
+
+    def move_to(self, end: int) -> None:
+        """Say where the window ends now."""
+        self.end = end
+        with torch_private.normal_tensors():
+            self.position.fill_(end)
+
+
+class Windows:
+    """Every pair of shifted cache tensors that compiled code has met, and its window; an entry dies with either tensor."""
+
+    def __init__(self, builder: Builder) -> None:
+        self._windows: WeakPairMap[Window] = WeakPairMap()
+        self._builder = builder
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def before_call(
+        self, key: torch.Tensor, value: torch.Tensor, new_rows: int, *, with_planes: bool, trust_unversioned: bool
+    ) -> Window:
+        """The window over a pair of caches, as they are now, with room for ``new_rows`` more rows.
+
+        Args:
+            key: ``[B, H, W, Dk]``.
+            value: ``[B, H, W, Dv]``, same dtype.
+            new_rows: rows by which the call shifts the cache.
+            with_planes: whether the graph reads and writes planes.
+            trust_unversioned: take inference-mode tensors to be written by compiled code only.
+        """
+        capacity = window_capacity(key.shape[2])
+        window = self._windows.pop(key, value)  # filed again when the call has succeeded
+        if window is None or window.key.shape[2] != capacity or (window.planes is None) == with_planes:
+            window = self._create(key, value, capacity, with_planes)
+        versioned = not (key.is_inference() or value.is_inference())
+        known = versioned or trust_unversioned
+        if not known or window.seen != observe(key, value, versioned):
+            window.copies += 1
+            self._copy(window, key, value, with_planes=known and window.copies <= MAX_CONSECUTIVE_COPIES)
+            stale = CHANGED_TOO_OFTEN if known else NO_VERSION_COUNTER
+            window.note = stale if with_planes and not (known and window.copies <= MAX_CONSECUTIVE_COPIES) else ""
+        elif window.end + new_rows > capacity:
+            self._copy(window, key, value, with_planes=True)
+        else:
+            window.copies = 0
+        return window
+
+    def after_call(self, window: Window, key: torch.Tensor, value: torch.Tensor, new_rows: int) -> None:
+        """Remember the cache as the call left it, ``new_rows`` further on."""
+        window.move_to(window.end + new_rows)
+        window.seen = observe(key, value, not (key.is_inference() or value.is_inference()))
+        self._windows.set(key, value, window)
+
+    def _create(self, key: torch.Tensor, value: torch.Tensor, capacity: int, with_planes: bool) -> Window:
+        with torch_private.normal_tensors():
+            buffers = [cache.new_zeros(*cache.shape[:2], capacity, cache.shape[3]) for cache in (key, value)]
+            planes = None
+            if with_planes:
+                planes = torch.zeros(arena_layout(*buffers).total, dtype=torch.uint8, device=key.device)
+            position = torch.zeros(1, dtype=torch.int64, device=key.device)
+        return Window(buffers[0], buffers[1], planes, position)
+
+    def _copy(self, window: Window, key: torch.Tensor, value: torch.Tensor, *, with_planes: bool) -> None:
+        rows = key.shape[2]
+        with torch_private.normal_tensors():
+            window.key[:, :, :rows].copy_(key)
+            window.value[:, :, :rows].copy_(value)
+        window.move_to(rows)
+        if window.planes is None:
+            return
+        if with_planes:
+            self._builder.rebuild(window.planes, window.key, window.value, rows)
+        else:
+            with torch_private.normal_tensors():
+                window.planes[:8].view(torch.int64).fill_(PLANES_STALE)
