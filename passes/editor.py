@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx.node import Argument, Target, map_arg
 
 from alignedkv_compile.torch_private import FakeTensor, FakeTensorMode, mark_static_input
 
-from .nodes import example, operation
+from .nodes import example, fake, operation
 
 _ORIGIN_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -71,6 +72,17 @@ class GraphEditor:
 
     def method(self, target: str, *args: Argument, **kwargs: Argument) -> Node:
         return self._insert("call_method", target, args, kwargs)
+
+    def size(self, node: Node, dim: int) -> Node | int:
+        """A size of a tensor, as an argument: the number where it is one."""
+        size = fake(node).shape[dim]
+        return size if isinstance(size, int) else self.method("size", node, dim)
+
+    def plus(self, left: Node | int, right: Node | int) -> Node | int:
+        """A sum of sizes, as an argument: the number where both are numbers."""
+        if isinstance(left, int) and isinstance(right, int):
+            return left + right
+        return self.function(operator.add, left, right)
 
     def _insert(self, kind: str, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Node:
         node = self.graph.create_node(kind, target, args, kwargs)

@@ -158,6 +158,14 @@ def is_metadata(node: Node) -> bool:
     return name in METADATA and (name != "getattr" or node.args[1] in _METADATA_ATTRIBUTES)
 
 
+def row_slice(node: Node) -> slice | None:
+    """``s`` of ``x[:, :, s]`` or ``x[:, :, s, :]``, or None."""
+    index, whole = node.args[1] if operation(node) == "getitem" else None, slice(None, None, None)
+    if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(index[2], slice):
+        return None
+    return index[2] if all(index[dim] == whole for dim in range(len(index)) if dim != 2) else None
+
+
 def mutated_by(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors this one writes in place, or may write as far as the graph can tell."""
     if node.op == "call_method":

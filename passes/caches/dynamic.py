@@ -123,40 +123,27 @@ class AppendPair:
         self, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs
     ) -> AppendInputs:
         symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
-        inputs = self._inputs(number, editor, with_planes=options.tolerance > 0)
+        past_key, past_value = fake(self.key.past), fake(self.value.past)
+        buffers = buffer_inputs(past_key, past_value, number, editor, with_planes=options.tolerance > 0)
         new_key, new_value = editor.current(self.key.new), editor.current(self.value.new)
         with editor.after_both(self.key.result, self.value.result):
-            past_length = express(fake(self.key.past).shape[2], symbols, editor.function)
-            length = _plus(past_length, self.new_rows, editor)
-            steps = editor.function(torch.arange, self.new_rows, device=fake(self.key.past).device)
+            past_length = express(past_key.shape[2], symbols, editor.function)
+            length = editor.plus(past_length, self.new_rows)  # type: ignore[arg-type]
+            steps = editor.function(torch.arange, self.new_rows, device=past_key.device)
             positions = editor.function(operator.add, steps, past_length)  # type: ignore[arg-type]
-            editor.method("index_copy_", inputs.key_buffer, 2, positions, new_key)
-            editor.method("index_copy_", inputs.value_buffer, 2, positions, new_value)
-            if inputs.planes is not None:
-                capacity = editor.method("size", inputs.key_buffer, 2)
-                editor.function(quantize_on_write.default, inputs.planes, new_key, new_value, positions, capacity)
+            editor.method("index_copy_", buffers.key, 2, positions, new_key)
+            editor.method("index_copy_", buffers.value, 2, positions, new_value)
+            if buffers.planes is not None:
+                capacity = editor.method("size", buffers.key, 2)
+                editor.function(quantize_on_write.default, buffers.planes, new_key, new_value, positions, capacity)
         for site in self.sites:
-            replace_attention(site, editor, options, statistics, functools.partial(inputs.read, length))
+            replace_attention(site, editor, options, statistics, functools.partial(self._read, buffers, length))
         express_metadata(self.sites[0], editor)
         self._drop_concatenations(editor)
-        return inputs
+        return AppendInputs(self, buffers)
 
-    def _inputs(self, number: int, editor: GraphEditor, *, with_planes: bool) -> AppendInputs:
-        key, value = fake(self.key.past), fake(self.value.past)
-        batch = key.shape[0]
-        heads, key_dim, value_dim = constant(key.shape[1]), constant(key.shape[3]), constant(value.shape[3])
-        largest = largest_capacity(key, value)
-        capacity = fresh_size(editor.fake_mode, EXAMPLE_CAPACITY, f"alignedkv_capacity_{number}", largest)
-        # The layout is written for ints; symbolic sizes compute alike.
-        arena = ArenaLayout(batch * heads, cast(int, capacity), key_dim, value_dim)
-        names = [f"alignedkv_{part}_{number}" for part in ("key_buffer", "value_buffer", "append_planes")]
-        return AppendInputs(
-            pair=self,
-            key_buffer=editor.placeholder(names[0], (batch, heads, capacity, key_dim), key.dtype, key.device),
-            value_buffer=editor.placeholder(names[1], (batch, heads, capacity, value_dim), value.dtype, key.device),
-            planes=editor.placeholder(names[2], (arena.total,), torch.uint8, key.device) if with_planes else None,
-            largest_capacity=largest,
-        )
+    def _read(self, buffers: BufferInputs, length: Node | int, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+        return CacheRead(buffers.key, buffers.value, buffers.planes, length, mask_of(site, editor))
 
     def _drop_concatenations(self, editor: GraphEditor) -> None:
         output = editor.graph.output_node()
@@ -168,34 +155,65 @@ class AppendPair:
 
 
 @dataclass(frozen=True)
-class AppendInputs:
-    """The graph inputs that stand in for one layer's past."""
+class BufferInputs:
+    """Graph inputs for a growing buffer: ``key [B, H, C, Dk]``, ``value [B, H, C, Dv]``, and their planes or None.
 
-    pair: AppendPair
-    key_buffer: Node
-    value_buffer: Node
+    Attributes:
+        largest_capacity: rows that the compiled code can address in a buffer, or None.
+    """
+
+    key: Node
+    value: Node
     planes: Node | None
     largest_capacity: int | None
 
-    def read(self, length: Node | int, site: AttentionSite, editor: GraphEditor) -> CacheRead:
-        return CacheRead(self.key_buffer, self.value_buffer, self.planes, length, mask_of(site, editor))
+
+def buffer_inputs(
+    key: torch.Tensor, value: torch.Tensor, number: int, editor: GraphEditor, *, with_planes: bool
+) -> BufferInputs:
+    """Add the inputs of a buffer that stands in for a past of ``key [B, H, P, Dk]`` and ``value``.
+
+    Args:
+        number: of the pair in its graph, for the placeholders' names.
+    """
+    batch = key.shape[0]
+    heads, key_dim, value_dim = constant(key.shape[1]), constant(key.shape[3]), constant(value.shape[3])
+    largest = largest_capacity(key, value)
+    capacity = fresh_size(editor.fake_mode, EXAMPLE_CAPACITY, f"alignedkv_capacity_{number}", largest)
+    # The layout is written for ints; symbolic sizes compute alike.
+    arena = ArenaLayout(batch * heads, cast(int, capacity), key_dim, value_dim)
+    names = [f"alignedkv_{part}_{number}" for part in ("key_buffer", "value_buffer", "append_planes")]
+    return BufferInputs(
+        key=editor.placeholder(names[0], (batch, heads, capacity, key_dim), key.dtype, key.device),
+        value=editor.placeholder(names[1], (batch, heads, capacity, value_dim), value.dtype, key.device),
+        planes=editor.placeholder(names[2], (arena.total,), torch.uint8, key.device) if with_planes else None,
+        largest_capacity=largest,
+    )
+
+
+@dataclass(frozen=True)
+class AppendInputs:
+    """A pair of concatenations in the edited graph."""
+
+    pair: AppendPair
+    buffers: BufferInputs
 
     @property
     def dropped_outputs(self) -> frozenset[Node]:
         return frozenset([self.pair.key.result, self.pair.value.result])
 
     def binding(self, positions: Positions) -> AppendBinding:
-        inputs, now = positions.inputs, positions.now
+        inputs, now, buffers = positions.inputs, positions.now, self.buffers
         return AppendBinding(
             key_input=inputs.index(self.pair.key.past),
             value_input=inputs.index(self.pair.value.past),
-            key_buffer_input=now.index(self.key_buffer),
-            value_buffer_input=now.index(self.value_buffer),
-            planes_input=None if self.planes is None else now.index(self.planes),
+            key_buffer_input=now.index(buffers.key),
+            value_buffer_input=now.index(buffers.value),
+            planes_input=None if buffers.planes is None else now.index(buffers.planes),
             key_outputs=positions.returned(self.pair.key.result),
             value_outputs=positions.returned(self.pair.value.result),
             new_rows=self.pair.new_rows,
-            largest_capacity=self.largest_capacity,
+            largest_capacity=buffers.largest_capacity,
         )
 
 
@@ -282,10 +300,3 @@ def _operand(folded: Fold, parts: Concatenation) -> CacheOperand:
     if fake(parts.past).dtype != fake(parts.new).dtype:
         raise Declined("past and new rows have different dtypes")
     return CacheOperand(parts.past, parts.result, folded.chain, head_repeats(folded))
-
-
-def _plus(past_length: object, rows: int, editor: GraphEditor) -> Node | int:
-    if isinstance(past_length, int):
-        return past_length + rows
-    assert isinstance(past_length, Node)
-    return editor.function(operator.add, past_length, rows)

@@ -21,9 +21,3 @@ def planes_placeholder(key: Node, value: Node, number: int, editor: GraphEditor)
     heads = cache.shape[0] * constant(cache.shape[1])
     size = ArenaLayout(heads, cache.shape[2], constant(cache.shape[3]), constant(values.shape[3])).total
     return editor.placeholder(f"alignedkv_planes_{number}", (size,), torch.uint8, cache.device)
-
-
-def capacity_of(cache: Node, editor: GraphEditor) -> Node | int:
-    """Rows of a cache tensor, as an argument for graph nodes."""
-    rows = fake(cache).shape[2]
-    return rows if isinstance(rows, int) else editor.method("size", cache, 2)

@@ -27,7 +27,7 @@ from ..records import AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..views import Fold, head_repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
-from .planes import capacity_of, planes_placeholder
+from .planes import planes_placeholder
 
 
 class ReadOnlyKind:
@@ -81,7 +81,7 @@ class ReadOnlyPair:
         return None if planes is None else ReadOnlyInputs(self.key, self.value, planes)
 
     def _read(self, planes: Node | None, site: AttentionSite, editor: GraphEditor) -> CacheRead:
-        return CacheRead(self.key, self.value, planes, capacity_of(self.key, editor), mask_of(site, editor))
+        return CacheRead(self.key, self.value, planes, editor.size(self.key, 2), mask_of(site, editor))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ..records import AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..views import Fold, head_repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
-from .planes import capacity_of, planes_placeholder
+from .planes import planes_placeholder
 
 _INDEX_COPY = ("self", "dim", "index", "source")
 
@@ -110,14 +110,14 @@ class StaticPair:
         for write in self.writes if planes is not None else ():
             with editor.after_both(write.key, write.value):
                 rows = (editor.current(node) for node in (write.new_key, write.new_value, write.positions))
-                editor.function(quantize_on_write.default, planes, *rows, capacity_of(self.key, editor))
+                editor.function(quantize_on_write.default, planes, *rows, editor.size(self.key, 2))
         for site in self.sites:
             if site.outcome is Outcome.REWRITTEN:
                 replace_attention(site, editor, options, statistics, functools.partial(self._read, planes))
         return None if planes is None else StaticInputs(self.key, self.value, planes)
 
     def _read(self, planes: Node | None, site: AttentionSite, editor: GraphEditor) -> CacheRead:
-        return CacheRead(self.key, self.value, planes, capacity_of(self.key, editor), mask_of(site, editor))
+        return CacheRead(self.key, self.value, planes, editor.size(self.key, 2), mask_of(site, editor))
 
 
 @dataclass(frozen=True)
