@@ -5,7 +5,7 @@ This is how attention in a form that is not recognised, or a cache of latents, a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch.fx import Node
 
@@ -25,11 +25,14 @@ def unread_caches(facts: GraphFacts, claimed: Collection[Node], first_index: int
         first_index: report index of the first entry.
     """
     caches: dict[Node, WrittenCache] = {}
+    writes: dict[Node, Node] = {}
     for node in facts.graph.nodes:
         written = next((found for kind in KINDS if (found := kind.written_by(node, facts)) is not None), None)
         if written is not None and written.source not in claimed:
             caches.setdefault(written.source, written)
-    return tuple(_decline(group, first_index + number, facts) for number, group in enumerate(_in_pairs(list(caches.values()))))
+            writes.setdefault(written.source, node)
+    groups = _in_pairs(list(caches.values()))
+    return tuple(_decline(group, writes, first_index + number, facts) for number, group in enumerate(groups))
 
 
 def _in_pairs(caches: list[WrittenCache]) -> list[list[WrittenCache]]:
@@ -43,10 +46,15 @@ def _in_pairs(caches: list[WrittenCache]) -> list[list[WrittenCache]]:
     return groups
 
 
-def _decline(group: list[WrittenCache], index: int, facts: GraphFacts) -> DeclinedSite:
+def _decline(group: list[WrittenCache], writes: Mapping[Node, Node], index: int, facts: GraphFacts) -> DeclinedSite:
     sources = tuple(cache.source for cache in group)
     reason = next((cache.reason for cache in group if cache.reason), "")
-    readers = [reader for cache in group for reader in _readers(cache, facts)]
+    readers = [
+        reader
+        for cache in group
+        for reader in _readers(cache, facts)
+        if facts.order[reader] > facts.order[writes[cache.source]]
+    ]
     if reason or not readers:
         return DeclinedSite(index, group[0].rows, None, sources, reason or "no attention of this graph reads the cache")
     first = min(readers, key=facts.order.__getitem__)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 import alignedkv_compile.ops
 import alignedkv_compile.reference  # noqa: F401 - registers the operators' eager meaning
 from alignedkv_compile.contract import Outcome, RewrittenGraph
+from alignedkv_compile.layout import PLANES_VALID
 from alignedkv_compile.options import Options
 from alignedkv_compile.passes import rewrite_graph
 from alignedkv_compile.report import GraphReport
@@ -96,6 +97,33 @@ class Harness:
     @property
     def reasons(self) -> list[str]:
         return [site.reason for site in self.last.sites]
+
+
+class EagerPlanes:
+    """Builds planes by the operator's eager meaning."""
+
+    def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
+        planes.zero_()
+        positions = torch.arange(rows)
+        torch.ops.alignedkv.quantize_on_write(planes, key[:, :, :rows], value[:, :, :rows], positions, key.shape[2])
+        planes[:8].view(torch.int64).fill_(PLANES_VALID)
+
+
+class EagerBackend(Harness):
+    """The whole backend but for Inductor: state lives from call to call, and planes are read."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.stores = Stores(EagerPlanes())
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[object], **_: object) -> Runtime:  # type: ignore[override]
+        super().__call__(gm, example_inputs)
+        return Runtime(self.last.module, self.last, self.options, GraphReport("eager"), self.stores)
+
+
+@pytest.fixture
+def eager_backend() -> Callable[[float], EagerBackend]:
+    return lambda tolerance: EagerBackend(Options(min_context=0, tolerance=tolerance))
 
 
 @pytest.fixture(autouse=True)
