@@ -100,11 +100,12 @@ class Windows:
         known = versioned or trust_unversioned
         if not known or window.seen != observe(key, value, versioned):
             window.copies += 1
-            self._copy(window, key, value, with_planes=known and window.copies <= MAX_CONSECUTIVE_COPIES)
-            stale = CHANGED_TOO_OFTEN if known else NO_VERSION_COUNTER
-            window.note = stale if with_planes and not (known and window.copies <= MAX_CONSECUTIVE_COPIES) else ""
+            worthwhile = known and window.copies <= MAX_CONSECUTIVE_COPIES
+            self._copy(window, key, value, with_planes=worthwhile)
+            window.note = "" if worthwhile or not with_planes else CHANGED_TOO_OFTEN if known else NO_VERSION_COUNTER
         elif window.end + new_rows > capacity:
             self._copy(window, key, value, with_planes=True)
+            window.note = ""
         else:
             window.copies = 0
         return window

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .dynamic import DYNAMIC
 from .kind import CacheKind
 from .read_only import READ_ONLY
+from .sliding import SLIDING
 from .static import STATIC
 
-KINDS: tuple[CacheKind, ...] = (STATIC, DYNAMIC, READ_ONLY)
+KINDS: tuple[CacheKind, ...] = (SLIDING, STATIC, DYNAMIC, READ_ONLY)
 """In the order in which they are asked whether an operand of attention is theirs."""

@@ -101,8 +101,6 @@ def test_an_encoder_decoder(harness, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "changes", "reason"),
     [
-        ("Mistral", "static", {"sliding_window": 6}, "K is also written by copy_"),
-        ("Mistral", "dynamic", {"sliding_window": 6}, "reaches attention through cat, which is not folded"),
         ("Gemma2", "static", {"sliding_window": 6}, "cache read by matmul"),
         ("GPTJ", "static", {"rotary_dim": 8, "bos_token_id": 0, "eos_token_id": 1}, "cache read by matmul"),
         ("GPTJ", "dynamic", {"rotary_dim": 8, "bos_token_id": 0, "eos_token_id": 1}, "cache read by matmul"),
@@ -115,6 +113,23 @@ def test_what_is_not_supported_yet_says_so(harness, name: str, kind: str, change
     logits(torch.compile(model, backend=harness), cache, torch.tensor([[3]]))
     assert set(harness.outcomes) == {Outcome.DECLINED}
     assert reason in harness.reasons[0]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_layers_with_sliding_windows(eager_backend, kind: str) -> None:
+    model = build("Qwen2", sliding_window=9, layer_types=["sliding_attention", "full_attention"], use_sliding_window=True)
+    backend = eager_backend(2.0)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    cache, stock_cache = make_cache(kind, model), make_cache(kind, model)
+    for each in (cache, stock_cache):
+        logits(model, each, torch.arange(7)[None])
+    for rows in [1] * 6 + [4, 1, 1, 3, 1]:
+        tokens = torch.randint(0, 128, (1, rows))
+        torch.testing.assert_close(logits(compiled, cache, tokens), logits(model, stock_cache, tokens), rtol=0, atol=2e-5)
+        assert backend.outcomes == [Outcome.REWRITTEN] * 2
+    for layer, stock_layer in zip(cache.layers, stock_cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, stock_layer.keys, rtol=0, atol=2e-5)
+        torch.testing.assert_close(layer.values, stock_layer.values, rtol=0, atol=2e-5)
 
 
 def test_a_vision_tower_is_not_touched(harness) -> None:
