@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from .cropped import CROPPED
 from .dynamic import DYNAMIC
 from .kind import CacheKind
 from .read_only import READ_ONLY
 from .sliding import SLIDING
 from .static import STATIC
 
-KINDS: tuple[CacheKind, ...] = (SLIDING, STATIC, DYNAMIC, READ_ONLY)
+KINDS: tuple[CacheKind, ...] = (SLIDING, STATIC, DYNAMIC, CROPPED, READ_ONLY)
 """In the order in which they are asked whether an operand of attention is theirs."""
