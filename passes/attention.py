@@ -53,13 +53,13 @@ def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperan
     Raises:
         Declined: it is not what the aligned read computes.
     """
-    query = check_query(call, key.source, key.repeats)
+    query = check_query(call, key.rows, key.repeats)
     if key.repeats != value.repeats:
         raise Declined("K and V heads are repeated differently")
     rows = fake(query).shape[2]
     if is_prefill(call):
         return AttentionSite(index, call, kind, Outcome.PREFILL, query, key, value, None, 0.0, example_size(rows))
-    scale = check_constants(call, key.source)
+    scale = check_constants(call, key.rows)
     mask = check_mask(call, fake(key.rows).shape[2])
     return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, mask, scale, int(rows))
 
@@ -81,8 +81,17 @@ def check_cache_tensor(node: Node, name: str) -> None:
         raise Declined(f"{name} has {tensor.dim()} dimensions, not 4")
     if tensor.dtype not in CACHE_DTYPES:
         raise Declined(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; supported are bfloat16, float16 and float32")
-    if not 1 <= constant(tensor.shape[3]) <= MAX_HEAD_DIM:
-        raise Declined(f"head dimension {tensor.shape[3]} of {name} is above {MAX_HEAD_DIM}")
+    check_head_dim(constant(tensor.shape[3]), name)
+
+
+def check_head_dim(size: int, name: str) -> None:
+    """Refuse rows that are too long for the operators.
+
+    Raises:
+        Declined: naming the size.
+    """
+    if not 1 <= size <= MAX_HEAD_DIM:
+        raise Declined(f"head dimension {size} of {name} is above {MAX_HEAD_DIM}")
 
 
 def check_cache_pair(key: Node, value: Node) -> None:
@@ -104,13 +113,15 @@ def check_cache_pair(key: Node, value: Node) -> None:
         raise Declined("K and V have different batch sizes")
 
 
-def check_certifiable(cache: Node) -> None:
-    """Refuse a cache on a device for which no certified read is generated.
+def check_certifiable(site: AttentionSite) -> None:
+    """Refuse a site whose output no certified read can vouch for.
 
     Raises:
-        Declined: naming the device.
+        Declined: no certified read is generated for the cache's device, or the read is only a part of the attention.
     """
-    device = fake(cache).device
+    if site.kind.uncertifiable:
+        raise Declined(site.kind.uncertifiable, (site.key.source, site.value.source))
+    device = fake(site.key.source).device
     if generates_triton(device):
         raise Declined(f"guarantee='worst_case' has generated C++ only; this cache is on {device}")
 

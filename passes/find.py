@@ -52,10 +52,10 @@ def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
         try:
             site = _site(candidate, facts)
             if certified and site is not None:
-                check_certifiable(site.key.source)
+                check_certifiable(site)
         except Declined as refusal:
             bases = (candidate.key.base, candidate.value.base)
-            caches = tuple(cache for base in bases if (cache := _cache_behind(base, facts)) is not None)
+            caches = refusal.caches or tuple(cache for base in bases if (cache := _cache_behind(base, facts)) is not None)
             declined.append(DeclinedSite(candidate.index, call.node, call.query, caches, str(refusal)))
         else:
             if site is not None:

@@ -63,7 +63,15 @@ _INPLACE_OPERATORS = frozenset(
 
 
 class Declined(Exception):  # noqa: N818 - control flow inside the finders, never seen by a user
-    """A finder's refusal; ``str()`` of it is the reason that the report shows."""
+    """A finder's refusal; ``str()`` of it is the reason that the report shows.
+
+    Attributes:
+        caches: whose use is refused, if the finder knows better than what the operands lead back to.
+    """
+
+    def __init__(self, reason: str, caches: tuple[Node, ...] = ()) -> None:
+        super().__init__(reason)
+        self.caches = caches
 
 
 def example(node: Node) -> object:

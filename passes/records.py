@@ -25,7 +25,7 @@ class CacheOperand:
 
     Attributes:
         source: the placeholder of the cache, or of the past that it grows from; ``[B, H, C, D]``.
-        rows: what attention reads, ``[B, H, T, D]``: the cache, or the node that made it of the source.
+        rows: what attention reads, ``[B, H, T, D]``: the cache, or a node that was made of it.
         chain: view, expand and cast nodes between ``rows`` and the attention call, folded away by the rewrite.
         repeats: query heads per KV head that the chain materialises (1 when grouped by ``enable_gqa`` or plain MHA).
     """

@@ -71,6 +71,8 @@ class CacheRead:
         planes: their planes, or None.
         length: live rows, the bound of what is read.
         mask: four-dimensional, its last dimension ``length`` or ``C``; or None.
+        query: what meets these rows, ``[B, Hq, Q, Dk]``; None for the site's own query.
+        finish: makes the attention's output of what the read returns; None where that is it already.
     """
 
     key: Node
@@ -78,6 +80,8 @@ class CacheRead:
     planes: Node | None
     length: Node | int
     mask: Node | None
+    query: Node | None = None
+    finish: Callable[[Node], Node] | None = None
 
 
 def mask_of(site: AttentionSite, editor: GraphEditor) -> Node | None:
@@ -105,7 +109,7 @@ def replace_attention(
         reads = read(site, editor)
         result = editor.function(
             statistics.operator,
-            editor.current(site.query),
+            editor.current(site.query) if reads.query is None else reads.query,
             reads.key,
             reads.value,
             reads.planes,
@@ -117,6 +121,7 @@ def replace_attention(
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )
+        result = result if reads.finish is None else reads.finish(result)
         result = _with_strides_of(original, result, editor)
     result.meta["tensor_meta"] = site.attention.meta.get("tensor_meta")
     editor.replace(site.attention, result)
@@ -128,8 +133,8 @@ def replace_attention(
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
     """Live rows below which a site's read takes every bit."""
-    written = fake(site.key.rows)
-    return options.least_context(written.device, int(example_size(written.shape[0])) * int(example_size(written.shape[1])))
+    cache = fake(site.key.source)
+    return options.least_context(cache.device, int(example_size(cache.shape[0])) * int(example_size(cache.shape[1])))
 
 
 def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) -> Node:

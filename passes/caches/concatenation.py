@@ -6,6 +6,7 @@ expressions in the symbols that Dynamo passes as inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -13,7 +14,6 @@ from torch.fx import Node
 from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, depends_on_data, example, fake, is_metadata, operation, tensor_of
-from ..records import AttentionSite, CacheOperand
 from ..symbols import express, inputs_by_symbol, is_expressible
 from ..views import fold
 
@@ -42,9 +42,9 @@ def concatenation(node: Node) -> Concatenation | None:
     return Concatenation(node, past, new)
 
 
-def metadata_readers(operand: CacheOperand) -> tuple[Node, ...]:
+def metadata_readers(parts: Concatenation) -> tuple[Node, ...]:
     """Users of the past and of the concatenation that only ask for sizes and the like."""
-    return tuple(reader for tensor in (operand.source, operand.rows) for reader in tensor.users if is_metadata(reader))
+    return tuple(reader for tensor in (parts.past, parts.result) for reader in tensor.users if is_metadata(reader))
 
 
 def check_lengths(key: Concatenation, value: Concatenation) -> None:
@@ -61,11 +61,11 @@ def check_lengths(key: Concatenation, value: Concatenation) -> None:
             raise Declined(f"K and V have {name} of different lengths")
 
 
-def check_readers(parts: Concatenation, operand: CacheOperand, name: str, facts: GraphFacts, kept: frozenset[Node]) -> None:
+def check_readers(parts: Concatenation, name: str, facts: GraphFacts, kept: frozenset[Node]) -> None:
     """Refuse when anything but attention reads the data of the past or of the concatenation.
 
     Args:
-        kept: nodes between the concatenation and the graph's output that the rewrite replaces.
+        kept: readers of the concatenation that the rewrite replaces, whatever they compute.
 
     Raises:
         Declined: with the reader.
@@ -82,7 +82,7 @@ def check_readers(parts: Concatenation, operand: CacheOperand, name: str, facts:
             raise Declined(f"{name}'s past is also read by {operation(reader)}")
     data_readers(result, name, facts, kept)
     symbols = inputs_by_symbol(facts.placeholders)
-    for reader in metadata_readers(operand):
+    for reader in metadata_readers(parts):
         if not is_expressible(example(reader), symbols):
             raise Declined(f"{operation(reader)} of {name} is no expression of the graph's inputs")
     if not is_expressible(fake(past).shape[2], symbols):
@@ -116,11 +116,11 @@ def data_readers(result: Node, name: str, facts: GraphFacts, kept: frozenset[Nod
     return frozenset(found)
 
 
-def express_metadata(site: AttentionSite, editor: GraphEditor) -> None:
-    """Sizes of the past and of the concatenation become expressions over the graph's other inputs."""
+def express_metadata(parts: Sequence[Concatenation], editor: GraphEditor) -> None:
+    """Sizes of the pasts and of the concatenations become expressions over the graph's other inputs."""
     symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
-    for operand in (site.key, site.value):
-        for reader in metadata_readers(operand):
+    for one in parts:
+        for reader in metadata_readers(one):
             if not reader.users:
                 editor.erase(reader)
                 continue

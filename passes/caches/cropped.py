@@ -66,6 +66,7 @@ class CroppedKind:
     """Concatenations of a graph input with new rows, of which the graph returns the last rows."""
 
     name = "cropped"
+    uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return _crop(rows, facts) is not None
@@ -77,8 +78,8 @@ class CroppedKind:
             raise Declined("K and V are windows of different lengths")
         operands = [_operand(folded, crop) for folded, crop in ((candidate.key, key), (candidate.value, value))]
         if not is_prefill(candidate.call):
-            for operand, crop, name in zip(operands, (key, value), ("K", "V"), strict=True):
-                check_readers(crop.parts, operand, name, facts, frozenset([crop.kept]))
+            for crop, name in ((key, "K"), (value, "V")):
+                check_readers(crop.parts, name, facts, frozenset([crop.kept]))
             check_lengths(key.parts, value.parts)
         return site_over(candidate.call, self, candidate.index, *operands)
 
@@ -117,10 +118,9 @@ class CroppedPair:
     preallocated: tuple[Node, ...] = ()
 
     def expected(self, options: AlignmentOptions) -> Expected:
-        first = self.sites[0]
-        metadata = frozenset(node.name for operand in (first.key, first.value) for node in metadata_readers(operand))
-        chains = {node.name for site in self.sites for node in (*site.key.chain, *site.value.chain)}
         crops = (self.key, self.value)
+        metadata = frozenset(node.name for crop in crops for node in metadata_readers(crop.parts))
+        chains = {node.name for site in self.sites for node in (*site.key.chain, *site.value.chain)}
         replaced = {node.name for crop in crops for node in (crop.parts.past, crop.parts.result, crop.kept)}
         return Expected(metadata | chains | replaced, metadata, int(options.tolerance > 0))
 
@@ -146,7 +146,7 @@ class CroppedPair:
             rows = WindowRows(position, editor.plus(past_length, self.new_rows), capacity)
         for site in self.sites:
             replace_attention(site, editor, options, statistics, functools.partial(self._read, buffers, rows))
-        express_metadata(self.sites[0], editor)
+        express_metadata((key, value), editor)
         self._drop_concatenations(editor)
         return CroppedInputs(self, buffers, position)
 

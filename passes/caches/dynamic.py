@@ -63,6 +63,7 @@ class DynamicKind:
     """Concatenations of a graph input with new rows that the graph returns."""
 
     name = "dynamic"
+    uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return rows in facts.outputs and concatenation(rows) is not None
@@ -72,8 +73,8 @@ class DynamicKind:
         check_cache_pair(parts[0].past, parts[1].past)
         key, value = (_operand(folded, part) for folded, part in zip((candidate.key, candidate.value), parts, strict=True))
         if not is_prefill(candidate.call):
-            for operand, part, name in zip((key, value), parts, ("K", "V"), strict=True):
-                check_readers(part, operand, name, facts, frozenset())
+            for part, name in zip(parts, ("K", "V"), strict=True):
+                check_readers(part, name, facts, frozenset())
             check_lengths(*parts)
         return site_over(candidate.call, self, candidate.index, key, value)
 
@@ -113,45 +114,63 @@ class AppendPair:
     preallocated: tuple[Node, ...] = ()
 
     def expected(self, options: AlignmentOptions) -> Expected:
-        first = self.sites[0]
-        metadata = frozenset(node.name for operand in (first.key, first.value) for node in metadata_readers(operand))
-        chains = {node.name for site in self.sites for node in (*site.key.chain, *site.value.chain)}
-        replaced = {part.name for pair in (self.key, self.value) for part in (pair.past, pair.result)}
-        return Expected(metadata | chains | replaced, metadata, int(options.tolerance > 0))
+        chains = frozenset(node.name for site in self.sites for node in (*site.key.chain, *site.value.chain))
+        return expected_append((self.key, self.value), chains, options)
 
     def rewrite(
         self, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs
     ) -> AppendInputs:
-        symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
         past_key, past_value = fake(self.key.past), fake(self.value.past)
         buffers = buffer_inputs(past_key, past_value, number, editor, with_planes=options.tolerance > 0)
-        new_key, new_value = editor.current(self.key.new), editor.current(self.value.new)
         with editor.after_both(self.key.result, self.value.result):
-            past_length = express(past_key.shape[2], symbols, editor.function)
-            length = editor.plus(past_length, self.new_rows)  # type: ignore[arg-type]
-            steps = editor.function(torch.arange, self.new_rows, device=past_key.device)
-            positions = editor.function(operator.add, steps, past_length)  # type: ignore[arg-type]
-            editor.method("index_copy_", buffers.key, 2, positions, new_key)
-            editor.method("index_copy_", buffers.value, 2, positions, new_value)
-            if buffers.planes is not None:
-                capacity = editor.method("size", buffers.key, 2)
-                editor.function(quantize_on_write.default, buffers.planes, new_key, new_value, positions, capacity)
+            new_key, new_value = editor.current(self.key.new), editor.current(self.value.new)
+            length = append_rows(buffers, past_key.shape[2], new_key, new_value, self.new_rows, editor)
         for site in self.sites:
             replace_attention(site, editor, options, statistics, functools.partial(self._read, buffers, length))
-        express_metadata(self.sites[0], editor)
-        self._drop_concatenations(editor)
-        return AppendInputs(self, buffers)
+        drop_concatenations((self.key, self.value), editor)
+        return AppendInputs(self.key, self.value, self.new_rows, buffers)
 
     def _read(self, buffers: BufferInputs, length: Node | int, site: AttentionSite, editor: GraphEditor) -> CacheRead:
         return CacheRead(buffers.key, buffers.value, buffers.planes, length, mask_of(site, editor))
 
-    def _drop_concatenations(self, editor: GraphEditor) -> None:
-        output = editor.graph.output_node()
-        dropped = (self.key.result, self.value.result)
-        kept: list[Argument] = [value for value in output.args[0] if value not in dropped]  # type: ignore[union-attr]
-        output.args = (tuple(kept),)
-        for node in (*dropped, self.key.past, self.value.past):
-            editor.erase(node)
+
+def expected_append(parts: Sequence[Concatenation], chains: frozenset[str], options: AlignmentOptions) -> Expected:
+    """What may change where a buffer replaces concatenations.
+
+    Args:
+        chains: names of what stands between them and attention.
+    """
+    metadata = frozenset(node.name for one in parts for node in metadata_readers(one))
+    replaced = {node.name for one in parts for node in (one.past, one.result)}
+    return Expected(metadata | chains | replaced, metadata, int(options.tolerance > 0))
+
+
+def append_rows(
+    buffers: BufferInputs, past_rows: int | torch.SymInt, new_key: Node, new_value: Node, new_rows: int, editor: GraphEditor
+) -> Node | int:
+    """Write the new rows behind the past's; returns how many there are now."""
+    symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
+    past_length = express(past_rows, symbols, editor.function)
+    length = editor.plus(past_length, new_rows)  # type: ignore[arg-type]
+    steps = editor.function(torch.arange, new_rows, device=fake(buffers.key).device)
+    positions = editor.function(operator.add, steps, past_length)  # type: ignore[arg-type]
+    editor.method("index_copy_", buffers.key, 2, positions, new_key)
+    editor.method("index_copy_", buffers.value, 2, positions, new_value)
+    if buffers.planes is not None:
+        capacity = editor.method("size", buffers.key, 2)
+        editor.function(quantize_on_write.default, buffers.planes, new_key, new_value, positions, capacity)
+    return length
+
+
+def drop_concatenations(parts: Sequence[Concatenation], editor: GraphEditor) -> None:
+    """Take concatenations out of the graph's outputs and their pasts out of its inputs, once nothing reads their data."""
+    express_metadata(parts, editor)
+    output = editor.graph.output_node()
+    dropped = [one.result for one in parts]
+    kept: list[Argument] = [value for value in output.args[0] if value not in dropped]  # type: ignore[union-attr]
+    output.args = (tuple(kept),)
+    for node in (*dropped, *(one.past for one in parts)):
+        editor.erase(node)
 
 
 @dataclass(frozen=True)
@@ -193,27 +212,37 @@ def buffer_inputs(
 
 @dataclass(frozen=True)
 class AppendInputs:
-    """A pair of concatenations in the edited graph."""
+    """A pair of concatenations in the edited graph.
 
-    pair: AppendPair
+    Attributes:
+        key, value: the concatenations.
+        new_rows: rows appended.
+        store: where the buffers are found.
+    """
+
+    key: Concatenation
+    value: Concatenation
+    new_rows: int
     buffers: BufferInputs
+    store: type[AppendBuffers] = AppendBuffers
 
     @property
     def dropped_outputs(self) -> frozenset[Node]:
-        return frozenset([self.pair.key.result, self.pair.value.result])
+        return frozenset([self.key.result, self.value.result])
 
     def binding(self, positions: Positions) -> AppendBinding:
         inputs, now, buffers = positions.inputs, positions.now, self.buffers
         return AppendBinding(
-            key_input=inputs.index(self.pair.key.past),
-            value_input=inputs.index(self.pair.value.past),
+            key_input=inputs.index(self.key.past),
+            value_input=inputs.index(self.value.past),
             key_buffer_input=now.index(buffers.key),
             value_buffer_input=now.index(buffers.value),
             planes_input=None if buffers.planes is None else now.index(buffers.planes),
-            key_outputs=positions.returned(self.pair.key.result),
-            value_outputs=positions.returned(self.pair.value.result),
-            new_rows=self.pair.new_rows,
+            key_outputs=positions.returned(self.key.result),
+            value_outputs=positions.returned(self.value.result),
+            new_rows=self.new_rows,
             largest_capacity=buffers.largest_capacity,
+            store=self.store,
         )
 
 
@@ -229,6 +258,7 @@ class AppendBinding:
             prefix; the rewritten graph does not return them.
         new_rows: how many rows a call appends (query lengths are specialised, so it is an int).
         largest_capacity: rows that the compiled code can address in a buffer, or None.
+        store: where the buffers are found.
     """
 
     key_input: int
@@ -240,6 +270,7 @@ class AppendBinding:
     value_outputs: tuple[int, ...]
     new_rows: int
     largest_capacity: int | None = None
+    store: type[AppendBuffers] = AppendBuffers
     no_cuda_graphs: str = NO_CUDA_GRAPHS
 
     def bind(self, settings: CallSettings) -> BoundAppend:
@@ -251,7 +282,7 @@ class BoundAppend:
 
     def __init__(self, binding: AppendBinding, settings: CallSettings) -> None:
         self._binding = binding
-        self._buffers = settings.stores.of(AppendBuffers)
+        self._buffers = settings.stores.of(binding.store)
 
     def before_call(self, args: Sequence[Any], inputs: list[object]) -> AppendBuffer:
         binding = self._binding

@@ -133,6 +133,10 @@ class CacheKind(Protocol):
     def name(self) -> str:
         """For people."""
 
+    @property
+    def uncertifiable(self) -> str:
+        """Why the certificate of a read says nothing about the attention's output, or ""."""
+
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         """Whether an operand of attention, views folded away, is such a cache."""
 

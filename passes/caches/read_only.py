@@ -34,6 +34,7 @@ class ReadOnlyKind:
     """Placeholders that the graph does not write."""
 
     name = "read-only"
+    uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return facts.is_cache_input(rows) and not facts.writers(rows)

@@ -72,6 +72,7 @@ class SlidingKind:
     """Placeholders that the graph shifts."""
 
     name = "sliding"
+    uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return _shift_behind(rows, facts) is not None

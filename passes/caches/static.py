@@ -54,6 +54,7 @@ class StaticKind:
     """Placeholders that the graph writes rows of."""
 
     name = "static"
+    uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return written_cache(rows, facts) is not None
