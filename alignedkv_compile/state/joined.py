@@ -1,0 +1,123 @@
+"""Latents and rope keys side by side, beside caches that hold them in two tensors.
+
+Multi-head latent attention caches a latent and a rope key per token, in two tensors; a read wants both in one row. So the
+rows are kept once more, in one tensor, to which a step adds a row.
+
+The model's cache stays authoritative: as with planes beside static caches, whatever is not as the last call left it is copied
+anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import torch_private
+from ..layout import PLANES_STALE, arena_layout
+from .stores import Builder
+from .tensor_identity import WeakPairMap, observe
+
+MAX_CONSECUTIVE_COPIES = 4
+"""So many calls in a row may find the cache changed and have planes made for it; then somebody evidently writes it between all
+calls, and rows are copied without planes."""
+
+CHANGED_TOO_OFTEN = (
+    f"the cache of latents was written by other code before each of {MAX_CONSECUTIVE_COPIES} calls in a row; its rows are"
+    " copied at each call and every bit is read"
+)
+NO_VERSION_COUNTER = (
+    "the cache was allocated under torch.inference_mode(): such tensors count no versions, so a write by anybody else would go"
+    " unseen; its latents are copied at each call and every bit is read (allocate the cache under torch.no_grad(), or set"
+    " assume_exclusive_cache)"
+)
+
+
+@dataclass(slots=True)
+class Joined:
+    """One layer's latents and rope keys.
+
+    Attributes:
+        rows: ``[B, 1, C, R + Dr]``.
+        planes: uint8 arena for ``rows`` as K and the latents as V, or None.
+        current: whether the planes are those of the rows.
+        copies: calls in a row that found the cache changed.
+        note: why the planes are stale, or "".
+        seen: the cache as the last call left it.
+    """
+
+    rows: torch.Tensor
+    planes: torch.Tensor | None
+    current: bool = False
+    copies: int = 0
+    note: str = ""
+    seen: object = None
+
+
+class JoinedKeys:
+    """Every pair of latent and rope caches that compiled code has met, and its joined rows; an entry dies with either."""
+
+    def __init__(self, builder: Builder) -> None:
+        self._joined: WeakPairMap[Joined] = WeakPairMap()
+        self._builder = builder
+
+    def __len__(self) -> int:
+        return len(self._joined)
+
+    def before_call(self, latent: torch.Tensor, rope: torch.Tensor, *, with_planes: bool, trust_unversioned: bool) -> Joined:
+        """The joined rows of a pair of caches as they are now.
+
+        Args:
+            latent: ``[B, 1, C, R]``.
+            rope: ``[B, 1, C, Dr]``, same dtype.
+            with_planes: whether the graph reads and writes planes.
+            trust_unversioned: take inference-mode tensors to be written by compiled code only.
+        """
+        joined = self._joined.pop(latent, rope)  # filed again when the call has succeeded
+        if joined is None or not _fits(joined, latent, rope, with_planes=with_planes):
+            joined = _create(latent, rope, with_planes=with_planes)
+        versioned = not (latent.is_inference() or rope.is_inference())
+        known = versioned or trust_unversioned
+        if known and joined.seen == observe(latent, rope, versioned):
+            joined.copies = 0
+            worthwhile = True
+        else:
+            joined.copies += 1
+            joined.current = False
+            worthwhile = known and joined.copies <= MAX_CONSECUTIVE_COPIES
+            with torch_private.normal_tensors():
+                torch.cat((latent, rope), -1, out=joined.rows)
+        if joined.planes is not None and not joined.current:
+            self._renew_planes(joined, joined.planes, latent, worthwhile=worthwhile)
+            joined.note = "" if worthwhile else CHANGED_TOO_OFTEN if known else NO_VERSION_COUNTER
+        return joined
+
+    def after_call(self, joined: Joined, latent: torch.Tensor, rope: torch.Tensor) -> None:
+        """Remember the cache as the call left it, the joined rows having been kept up with it."""
+        joined.seen = observe(latent, rope, not (latent.is_inference() or rope.is_inference()))
+        self._joined.set(latent, rope, joined)
+
+    def _renew_planes(self, joined: Joined, planes: torch.Tensor, latent: torch.Tensor, *, worthwhile: bool) -> None:
+        if worthwhile:
+            self._builder.rebuild(planes, joined.rows, latent, latent.shape[2])
+            joined.current = True
+        else:
+            with torch_private.normal_tensors():
+                planes[:8].view(torch.int64).fill_(PLANES_STALE)
+
+
+def _shape(latent: torch.Tensor, rope: torch.Tensor) -> tuple[int, ...]:
+    return (*latent.shape[:3], latent.shape[3] + rope.shape[3])
+
+
+def _fits(joined: Joined, latent: torch.Tensor, rope: torch.Tensor, *, with_planes: bool) -> bool:
+    rows = joined.rows
+    same_tensor = (*rows.shape,) == _shape(latent, rope) and rows.dtype == latent.dtype and rows.device == latent.device
+    return same_tensor and (joined.planes is not None) == with_planes
+
+
+def _create(latent: torch.Tensor, rope: torch.Tensor, *, with_planes: bool) -> Joined:
+    with torch_private.normal_tensors():
+        rows = latent.new_empty(_shape(latent, rope))
+        planes = torch.zeros(arena_layout(rows, latent).total, dtype=torch.uint8, device=latent.device) if with_planes else None
+    return Joined(rows, planes)
