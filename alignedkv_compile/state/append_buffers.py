@@ -113,16 +113,25 @@ class AppendBuffers:
         if keep is not None:
             buffer.start = max(buffer.start, buffer.length - keep)
         live = buffer.length - buffer.start
-        key_view = buffer.key.narrow(2, buffer.start, live)
-        value_view = buffer.value.narrow(2, buffer.start, live)
+        key_view, value_view = self.rows(buffer, buffer.start, live)
         buffer.seen = observe(key_view, value_view)
         self._views.set(key_view, value_view, buffer)
         return key_view, value_view
 
+    def with_capacity(
+        self, past_key: torch.Tensor, past_value: torch.Tensor, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a new buffer that begins with the past's rows."""
+        return with_room(past_key, capacity), with_room(past_value, capacity)
+
+    def rows(self, buffer: AppendBuffer, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a buffer's rows ``[start, start + count)``, in the form in which a past comes."""
+        return buffer.key.narrow(2, start, count), buffer.value.narrow(2, start, count)
+
     def _copy(self, past_key: torch.Tensor, past_value: torch.Tensor, rows: int, with_planes: bool) -> AppendBuffer:
         capacity, length = grown_capacity(rows), past_key.shape[2]
         with torch_private.normal_tensors():
-            key, value = _with_capacity(past_key, capacity), _with_capacity(past_value, capacity)
+            key, value = self.with_capacity(past_key, past_value, capacity)
         buffer = AppendBuffer(key, value, None, length)
         if with_planes:
             buffer.planes = self._build_planes(buffer)
@@ -137,7 +146,8 @@ class AppendBuffers:
         return planes
 
 
-def _with_capacity(past: torch.Tensor, capacity: int) -> torch.Tensor:
+def with_room(past: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A copy ``[B, H, capacity, D]`` of a past ``[B, H, L, D]``."""
     batch, heads, length, width = past.shape
     buffer = past.new_empty(batch, heads, capacity, width)
     buffer[:, :, :length].copy_(past)

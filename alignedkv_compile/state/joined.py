@@ -3,8 +3,8 @@
 Multi-head latent attention caches a latent and a rope key per token, in two tensors; a read wants both in one row. So the
 rows are kept once more, in one tensor, to which a step adds a row.
 
-The model's cache stays authoritative: as with planes beside static caches, whatever is not as the last call left it is copied
-anew.
+A static cache stays authoritative: as with planes beside static caches, whatever is not as the last call left it is copied
+anew (:class:`JoinedKeys`). A growing cache lives in the buffers (:class:`LatentBuffers`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout
+from .append_buffers import AppendBuffer, AppendBuffers, with_room
 from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
 
@@ -104,6 +105,20 @@ class JoinedKeys:
         else:
             with torch_private.normal_tensors():
                 planes[:8].view(torch.int64).fill_(PLANES_STALE)
+
+
+class LatentBuffers(AppendBuffers):
+    """Append buffers whose pasts are latents ``[B, 1, L, R]`` and rope keys ``[B, 1, L, Dr]``: K is both side by side, V the
+    latents once more, in a tensor of their own."""
+
+    def with_capacity(
+        self, past_key: torch.Tensor, past_value: torch.Tensor, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return with_room(torch.cat((past_key, past_value), -1), capacity), with_room(past_key, capacity)
+
+    def rows(self, buffer: AppendBuffer, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        both, latent = buffer.key.narrow(2, start, count), buffer.value.narrow(2, start, count)
+        return latent, both[..., latent.shape[3] :]
 
 
 def _shape(latent: torch.Tensor, rope: torch.Tensor) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,32 +151,34 @@ def check_expansion(found: Expansion, candidate: CandidateCall, latent: Node, ro
         raise Declined("attention reads K before it is complete")
 
 
-def superfluous(expansions: Iterable[Expansion], reads: Callable[[Node, Node], bool]) -> frozenset[Node]:
-    """The nodes of expansions that nothing needs once the attention over them is gone.
+def check_private(expansions: Sequence[Expansion], sites: Sequence[AttentionSite], facts: GraphFacts) -> None:
+    """Refuse expansions that anything but the attention of these sites reads.
 
-    Args:
-        reads: whether a node's reader goes with the attention.
+    Raises:
+        Declined: with the reader.
     """
-    found = list(expansions)
-    removable = {node for one in found for node in one.nodes}
-    while needed := {node for node in removable if _is_needed(node, removable, found, reads)}:
-        removable -= needed
-    return frozenset(removable)
-
-
-def _is_needed(
-    node: Node, removable: Collection[Node], expansions: Sequence[Expansion], reads: Callable[[Node, Node], bool]
-) -> bool:
-    """Whether one of a node's readers stays, or, of a node that writes a part of K, K itself."""
-    writes = any(node in one.joins and one.key is not node and one.key not in removable for one in expansions)
-    return writes or any(reader not in removable and not reads(node, reader) for reader in node.users)
+    inside = {node for found in expansions for node in found.nodes}
+    inside |= {node for site in sites for operand in (site.key, site.value) for node in operand.chain}
+    calls = {site.attention for site in sites}
+    for node in sorted(inside, key=facts.order.__getitem__):
+        for reader in node.users:
+            if reader not in inside and facts.attention_over(node, reader) not in calls:
+                raise Declined(f"the expanded latents are also read by {operation(node if reader.op == 'output' else reader)}")
 
 
 def erase_expansions(expansions: Sequence[Expansion], editor: GraphEditor) -> None:
     """Remove what nothing needs any more; the attention over it has been replaced."""
-    unneeded = superfluous(expansions, lambda _node, _reader: False)
-    for node in [node for node in reversed(editor.graph.nodes) if node in unneeded]:
+    removable = {node for found in expansions for node in found.nodes}
+    while needed := {node for node in removable if _is_needed(node, removable, expansions)}:
+        removable -= needed
+    for node in [node for node in reversed(editor.graph.nodes) if node in removable]:
         editor.erase(node)
+
+
+def _is_needed(node: Node, removable: Collection[Node], expansions: Sequence[Expansion]) -> bool:
+    """Whether one of a node's readers stays, or, of a node that writes a part of K, K itself."""
+    writes = any(node in found.joins and found.key is not node and found.key not in removable for found in expansions)
+    return writes or any(reader not in removable for reader in node.users)
 
 
 def join(latent: Node, rope: Node, editor: GraphEditor) -> Node:
