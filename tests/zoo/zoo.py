@@ -8,15 +8,20 @@ The result of each class is kept in results/zoo; a class is run again when it is
 from __future__ import annotations
 
 import os
+import random
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from zoo_classes import generative_classes, select
+from zoo_page import page
 from zoo_pool import Limits, default_folder, run_tasks, tasks
 from zoo_results import ROOT, ClassResult, ResultFolder, Verdict, source_version
+from zoo_table import show
+from zoo_worker import DTYPES
 
 GIB = 2**30
+PAGE = ROOT / "docs" / "zoo.md"
 
 
 def main(
@@ -42,9 +47,17 @@ def main(
     if fresh:
         folder.clear()
     missing = tasks(classes, folder, dtypes.split(","))
+    random.Random(0).shuffle(missing)  # what is done by the time of an interruption is a fair sample
     limits = Limits(seconds * (5 if compiled else 1), int(memory * GIB))
     for number, result in enumerate(run_tasks(missing, folder, limits, jobs=jobs, compiled=compiled), 1):
-        console.print(f"{number}/{len(missing)} {_line(result)}", highlight=False)
+        console.print(f"{number}/{len(missing)} {_line(result)}", highlight=False, markup=False, soft_wrap=True)
+    results = folder.read_all(entry.name for entry in classes)
+    show(results, console)
+    if not only and not compiled and not tasks(classes, folder, DTYPES):
+        PAGE.write_text(page(results))
+        console.print(f"wrote {PAGE.relative_to(ROOT)}")
+    if any(run.verdict in (Verdict.WRONG, Verdict.ERROR) for result in results for run in result.runs):
+        raise typer.Exit(1)
 
 
 def _line(result: ClassResult) -> str:

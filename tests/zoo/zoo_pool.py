@@ -15,7 +15,7 @@ from pathlib import Path
 from zoo_classes import ZooClass
 from zoo_results import ClassResult, ResultFolder, Run, Verdict
 
-_MODULES = ["torch", "torch._dynamo", "transformers", "zoo_child"]
+_MODULES = ["zoo_warm", "zoo_child"]
 """Imported once, in the process that the others are forked from."""
 
 
