@@ -14,19 +14,19 @@ KINDS = ("static", "dynamic")
 _HEADER = """# Which models
 
 `make zoo` writes this page. It takes every generative class that the auto classes of transformers name (causal, sequence to
-sequence, speech, vision and multimodal), makes a tiny model of it with random weights (two layers, or one of each kind that its
-configuration names), and decodes with a StaticCache and with a DynamicCache, in fp32 and in bf16, at tolerance 0 and 2.
+sequence, speech, vision and multimodal), makes a tiny model of it with random weights (two layers, or one of each kind that
+its configuration names), and decodes with a StaticCache and with a DynamicCache, in fp32 and in bf16, at tolerance 0 and 2.
 
-**How it is measured.** Seven tokens of prefill by stock eager, then six single tokens, the same for all, so that a sliding window
-of ten rows becomes full and rolls. Each step's logits and the whole cache at the end are compared with the same weights in float64:
-the error may be three times stock eager's own in that dtype, and four roundings of the largest number (`tests/zoo/zoo_verdict.py`).
-`min_context` is 0, so that a dozen rows are not too few to skip bits. Graphs go through the passes and the runtime;
-PyTorch's own kernels and the operators' references stand in for Inductor's code (`--compiled` runs the product itself). The weights
-are scaled so that attention matters: a wrong row of the cache shows.
+**How it is measured.** Seven tokens of prefill by stock eager, then six single tokens, the same for all, so that a sliding
+window of ten rows becomes full and rolls. Each step's logits and the whole cache at the end are compared with the same
+weights in float64: the error may be three times stock eager's own in that dtype, and four roundings of the largest number
+(`tests/zoo/zoo_verdict.py`). `min_context` is 0, so that a dozen rows are not too few to skip bits. Graphs go through the
+passes and the runtime; PyTorch's own kernels and the operators' references stand in for Inductor's code (`--compiled` runs
+the product itself). The weights are scaled so that attention matters: a wrong row of the cache shows.
 
-A class *runs on stock* when it decodes with that cache both eagerly and under `torch.compile(backend="eager")`. Every call of
-attention over a KV cache counts, cross-attention too; a cache that a graph takes but that no line of the report speaks of counts
-against the class. Text only: no class is given an image or a sound.
+A class *runs on stock* when it decodes with that cache both eagerly and under `torch.compile(backend="eager")`. Every call
+of attention over a KV cache counts, cross-attention too; a cache that a graph takes but that no line of the report speaks of
+is *unseen* and counts against the class. Text only: no class is given an image or a sound.
 
 ```
 make zoo                                     # all classes; it goes on where it was interrupted

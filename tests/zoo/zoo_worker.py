@@ -50,7 +50,7 @@ def check_class(
             models = {}
         for kind in CACHES:
             for name, model in models.items():
-                runs += _check(model, kind, name, compile_graph)
+                runs += check_combinations(model, kind, name, compile_graph)
                 gc.collect()
     return ClassResult(entry.name, entry.model_type, entry.group, version, tuple(runs))
 
@@ -72,7 +72,7 @@ def _of(kind: str, dtype: str) -> list[Combination]:
     return [Combination(kind, dtype, tolerance) for tolerance in TOLERANCES]
 
 
-def _check(model: TinyModel, kind: str, dtype: str, compile_graph: CompileGraph) -> list[Run]:
+def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: CompileGraph) -> list[Run]:
     """Both tolerances of one cache kind and dtype, which share their graphs."""
     both = _of(kind, dtype)
     known = _run_stock(model, kind)
