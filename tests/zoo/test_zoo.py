@@ -26,30 +26,33 @@ from zoo_shrink import shrink
 from zoo_worker import DTYPES, check_combinations, combinations
 
 PATTERNS = {
-    "LlamaForCausalLM": ("dynamic", "bfloat16"),
-    "MistralForCausalLM": ("static", "bfloat16"),  # sliding window
-    "Gemma2ForCausalLM": ("dynamic", "bfloat16"),  # soft cap
-    "Gemma3ForCausalLM": ("static", "float32"),
-    "GPTJForCausalLM": ("static", "bfloat16"),  # matmul
-    "BloomForCausalLM": ("dynamic", "float32"),  # baddbmm
-    "XGLMForCausalLM": ("static", "bfloat16"),  # bmm
-    "T5ForConditionalGeneration": ("static", "bfloat16"),  # position bias
-    "WhisperForConditionalGeneration": ("dynamic", "bfloat16"),  # cross-attention
-    "BartForConditionalGeneration": ("static", "float32"),
-    "DeepseekV3ForCausalLM": ("static", "bfloat16"),  # latent attention
-    "GptOssForCausalLM": ("static", "bfloat16"),  # sinks
-    "BambaForCausalLM": ("static", "bfloat16"),  # state-space layers beside attention
-    "Llama4ForCausalLM": ("dynamic", "bfloat16"),  # chunks
+    "LlamaForCausalLM": ("dynamic", "bfloat16", 2),  # the second step has symbolic lengths
+    "MistralForCausalLM": ("static", "bfloat16", 6),  # sliding window, until it rolls
+    "Gemma2ForCausalLM": ("dynamic", "bfloat16", 1),  # soft cap
+    "Gemma3ForCausalLM": ("static", "float32", 1),
+    "GPTJForCausalLM": ("static", "bfloat16", 1),  # matmul
+    "BloomForCausalLM": ("dynamic", "float32", 1),  # baddbmm
+    "XGLMForCausalLM": ("static", "bfloat16", 1),  # bmm
+    "T5ForConditionalGeneration": ("static", "bfloat16", 1),  # position bias
+    "WhisperForConditionalGeneration": ("dynamic", "bfloat16", 1),  # cross-attention
+    "BartForConditionalGeneration": ("static", "float32", 1),
+    "DeepseekV3ForCausalLM": ("static", "bfloat16", 1),  # latent attention
+    "GptOssForCausalLM": ("static", "bfloat16", 1),  # sinks
+    "BambaForCausalLM": ("static", "bfloat16", 1),  # state-space layers beside attention
+    "Llama4ForCausalLM": ("dynamic", "bfloat16", 1),  # chunks
 }
+"""Kind of cache, dtype and steps: each graph takes a second or two, so the others are left to ``make zoo``."""
 
 
 def named(name: str) -> ZooClass:
     return select(generative_classes(), [name])[0]
 
 
-def run(name: str, kind: str, dtype: str, compile_graph: zoo_backend.CompileGraph = zoo_backend.pass_only) -> list[Run]:
+def run(
+    name: str, kind: str, dtype: str, steps: int = 1, compile_graph: zoo_backend.CompileGraph = zoo_backend.pass_only
+) -> list[Run]:
     with torch.no_grad():
-        return check_combinations(tiny_model(named(name), DTYPES[dtype]), kind, dtype, compile_graph)
+        return check_combinations(tiny_model(named(name), DTYPES[dtype]), kind, dtype, compile_graph, steps)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -105,15 +108,12 @@ def fails(
 @pytest.mark.parametrize(
     ("defect", "verdict"), [(off_by_a_percent, "wrong"), (forgets_the_last_row, "wrong"), (fails, "error")]
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_defect_is_caught(defect: zoo_backend.CompileGraph, verdict: str, dtype: str) -> None:
-    if (defect, dtype) == (off_by_a_percent, "bfloat16"):
-        pytest.skip("one percent is about what bf16 itself errs by")
-    assert {each.verdict for each in run("OPTForCausalLM", "static", dtype, defect)} == {verdict}
+def test_a_defect_is_caught(defect: zoo_backend.CompileGraph, verdict: str) -> None:
+    assert {each.verdict for each in run("OPTForCausalLM", "static", "float32", 1, defect)} == {verdict}
 
 
 def test_a_cache_that_nobody_reports_is_seen() -> None:
-    for each in run("OPTForCausalLM", "static", "float32", zoo_backend.stock):
+    for each in run("OPTForCausalLM", "static", "float32", 1, zoo_backend.stock):
         assert each.unseen == ("0", "1")
         assert not each.every_site_rewritten
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -36,6 +38,7 @@ def main(
     memory: Annotated[float, typer.Option(help="memory limit of one process, GiB")] = 6.0,
 ) -> None:
     """Run what is missing, print the figures, and write docs/zoo.md after a run over all classes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no class goes on without us
     console = Console()
     try:
         classes = select(generative_classes(), only.split(","))

@@ -33,27 +33,27 @@ class Decoded:
         return all(bool(step.isfinite().all()) for step in self.logits)
 
 
-def decode(model: TinyModel, kind: str) -> Decoded:
+def decode(model: TinyModel, kind: str, steps: int = STEPS) -> Decoded:
     """Prefill and decode eagerly."""
     cache = model.new_cache(kind)
-    tokens = random_tokens(PREFILL + STEPS)
+    tokens = random_tokens(PREFILL + steps)
     logits = [_forward(model.module, model, cache, tokens[:, :PREFILL])]
-    logits += [_forward(model.module, model, cache, tokens[:, step : step + 1]) for step in range(PREFILL, PREFILL + STEPS)]
+    logits += [_forward(model.module, model, cache, tokens[:, step : step + 1]) for step in range(PREFILL, PREFILL + steps)]
     return Decoded(tuple(logits), cache_tensors(cache))
 
 
-def decode_compiled(model: TinyModel, kind: str, backend: ZooBackend) -> dict[str, Decoded]:
+def decode_compiled(model: TinyModel, kind: str, backend: ZooBackend, steps: int = STEPS) -> dict[str, Decoded]:
     """Prefill eagerly, decode through ``torch.compile``, for each variant of the backend over a cache of its own.
 
     The variants take turns step by step, so that each graph that one of them needed serves the others too.
     """
     torch._dynamo.reset()
     run = torch.compile(model.module, backend=backend)
-    tokens = random_tokens(PREFILL + STEPS)
+    tokens = random_tokens(PREFILL + steps)
     caches = {name: model.new_cache(kind) for name in backend.graphs}
     logits = {name: [_forward(model.module, model, cache, tokens[:, :PREFILL])] for name, cache in caches.items()}
     with torch._dynamo.config.patch(recompile_limit=64):
-        for step in range(PREFILL, PREFILL + STEPS):
+        for step in range(PREFILL, PREFILL + steps):
             for name, cache in caches.items():
                 backend.selected, backend.cache = name, cache
                 logits[name].append(_forward(run, model, cache, tokens[:, step : step + 1]))

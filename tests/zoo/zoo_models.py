@@ -94,6 +94,8 @@ def tiny_model(entry: ZooClass, dtype: torch.dtype = torch.float32) -> TinyModel
     config = tiny_config(entry)
     torch.manual_seed(SEED)
     module = getattr(transformers, entry.name)(config).eval().requires_grad_(False)
+    if hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("batched_mm")  # the default knows no float64, and generate decodes with this one
     AFTER_BUILDING.get(entry.model_type, lambda _: None)(module)
     _randomise(module, torch.Generator().manual_seed(SEED))
     encoded = None

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from zoo_backend import CompileGraph, ZooBackend, ZooGraph, stock
 from zoo_classes import ZooClass
-from zoo_decode import Decoded, decode, decode_compiled
+from zoo_decode import STEPS, Decoded, decode, decode_compiled
 from zoo_models import CACHES, TinyModel, tiny_model
 from zoo_results import ClassResult, Combination, Run, SiteCount, Verdict
 from zoo_verdict import judge
@@ -72,19 +72,19 @@ def _of(kind: str, dtype: str) -> list[Combination]:
     return [Combination(kind, dtype, tolerance) for tolerance in TOLERANCES]
 
 
-def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: CompileGraph) -> list[Run]:
+def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: CompileGraph, steps: int = STEPS) -> list[Run]:
     """Both tolerances of one cache kind and dtype, which share their graphs."""
     both = _of(kind, dtype)
-    known = _run_stock(model, kind)
+    known = _run_stock(model, kind, steps)
     if known.result is None:
         return [Run(each, Verdict.NOT_ON_STOCK, known.failure) for each in both]
     alignedkv_compile.reset_report()
     alignedkv_compile.reset_stats()
     backend = ZooBackend({str(each.tolerance): _options(each.tolerance) for each in both}, compile_graph)
     try:
-        decoded = decode_compiled(model, kind, backend)
+        decoded = decode_compiled(model, kind, backend, steps)
     except Exception as error:
-        control = _control(model, kind, known)
+        control = _control(model, kind, known, steps)
         verdict = Verdict.NOT_ON_STOCK if control else Verdict.ERROR
         return [Run(each, verdict, control or describe(error), **_seen(backend, each)) for each in both]  # type: ignore[arg-type]
     runs = []
@@ -93,7 +93,7 @@ def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: C
         verdict = Verdict.RIGHT if judgement.right else Verdict.WRONG
         run = Run(each, verdict, "", judgement.error, judgement.where, **_seen(backend, each))  # type: ignore[arg-type]
         runs.append(replace(run, rows_in_full=_rows_in_full() if each.tolerance else None))
-    if any(run.verdict is Verdict.WRONG for run in runs) and (control := _control(model, kind, known)):
+    if any(run.verdict is Verdict.WRONG for run in runs) and (control := _control(model, kind, known, steps)):
         runs = [replace(run, verdict=Verdict.NOT_ON_STOCK, message=control) for run in runs]
     return runs
 
@@ -102,9 +102,9 @@ def _options(tolerance: float) -> dict[str, object]:
     return {"tolerance": tolerance, "min_context": 0, "stats": tolerance > 0}
 
 
-def _run_stock(model: TinyModel, kind: str) -> _Stock:
+def _run_stock(model: TinyModel, kind: str, steps: int) -> _Stock:
     try:
-        result = decode(model, kind)
+        result = decode(model, kind, steps)
     except Exception as error:
         return _Stock(None, None, describe(error))
     if not result.finite:
@@ -114,15 +114,15 @@ def _run_stock(model: TinyModel, kind: str) -> _Stock:
     for dtype in (torch.float64, torch.float32):
         if truth is None and dtype is not own:
             with contextlib.suppress(Exception):
-                truth = decode(model.to(dtype), kind)
+                truth = decode(model.to(dtype), kind, steps)
     return _Stock(result, truth, "")
 
 
-def _control(model: TinyModel, kind: str, known: _Stock) -> str:
+def _control(model: TinyModel, kind: str, known: _Stock, steps: int) -> str:
     """Why ``torch.compile(backend="eager")`` does not give stock's result either, or ""."""
     assert known.result is not None
     try:
-        decoded = decode_compiled(model, kind, ZooBackend({"": {}}, stock))
+        decoded = decode_compiled(model, kind, ZooBackend({"": {}}, stock), steps)
     except Exception as error:
         return f'torch.compile(backend="eager"): {describe(error)}'
     judgement = judge(decoded[""], known.result, known.truth)
