@@ -38,6 +38,8 @@ make zoo ZOO_ARGS="--fresh --jobs 8"
 
 def page(results: Sequence[ClassResult]) -> str:
     """The page's text."""
+    if not results:
+        return f"{_HEADER}\nNo results yet.\n"
     ordered = sorted(results, key=lambda result: result.name)
     parts = [
         _HEADER,
