@@ -56,7 +56,7 @@ def main(
         console.print(f"{number}/{len(missing)} {_line(result)}", highlight=False, markup=False, soft_wrap=True)
     results = folder.read_all(entry.name for entry in classes)
     show(results, console)
-    if not only and not compiled and not tasks(classes, folder, DTYPES):
+    if not only and not compiled and not tasks(classes, folder, tuple(DTYPES)):
         PAGE.write_text(page(results))
         console.print(f"wrote {PAGE.relative_to(ROOT)}")
     if any(run.verdict in (Verdict.WRONG, Verdict.ERROR) for result in results for run in result.runs):

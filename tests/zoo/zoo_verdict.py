@@ -7,7 +7,7 @@ So the largest error over all logits of all steps may be
 
     limit = 3 * (stock's largest error) + 4 * u * (largest logit)
 
-where ``u`` is the dtype's unit roundoff: 3 for the scatter between two draws, and the second term for those logits that stock
+where ``u`` is the unit roundoff of the model's dtype: 3 for the scatter between two draws, and the second term for those logits that stock
 happens to hit exactly. Each tensor of the cache is judged in the same way at the end.
 
 Some models cannot run in float64. Then the truth for bf16 is fp32, and for fp32 it is stock itself, whose error is taken to be
@@ -46,20 +46,28 @@ class Judgement:
         return self.error <= 1.0
 
 
-def judge(actual: Decoded, stock: Decoded, truth: Decoded | None) -> Judgement:
-    """Compare a result with stock's and the truth; without a truth, stock's own result is taken for it."""
+def judge(actual: Decoded, stock: Decoded, truth: Decoded | None, dtype: torch.dtype) -> Judgement:
+    """Compare a result with stock's and the truth; without a truth, stock's own result is taken for it.
+
+    ``dtype`` is the model's: logits and states may be fp32 in a bf16 model, but are no more exact for that.
+    """
+    roundoff = UNIT_ROUNDOFF[dtype]
     missing = sorted(set(stock.cache) ^ set(actual.cache))
     if missing:
         return Judgement(float("inf"), f"{missing[0]}: in one cache only")
-    judgements = [_judge_tensors("logits", actual.logits, stock.logits, None if truth is None else truth.logits)]
+    judgements = [_judge_tensors("logits", actual.logits, stock.logits, None if truth is None else truth.logits, roundoff)]
     for name in stock.cache:
         true = None if truth is None or name not in truth.cache else (truth.cache[name],)
-        judgements.append(_judge_tensors(name, (actual.cache[name],), (stock.cache[name],), true))
+        judgements.append(_judge_tensors(name, (actual.cache[name],), (stock.cache[name],), true, roundoff))
     return max(judgements, key=lambda one: (one.error != one.error, one.error))
 
 
 def _judge_tensors(
-    name: str, actual: Sequence[torch.Tensor], stock: Sequence[torch.Tensor], truth: Sequence[torch.Tensor] | None
+    name: str,
+    actual: Sequence[torch.Tensor],
+    stock: Sequence[torch.Tensor],
+    truth: Sequence[torch.Tensor] | None,
+    roundoff: float,
 ) -> Judgement:
     if [one.shape for one in actual] != [one.shape for one in stock]:
         return Judgement(float("inf"), f"{name}: shape {tuple(actual[0].shape)}, not {tuple(stock[0].shape)}")
@@ -68,7 +76,6 @@ def _judge_tensors(
     if not stock[0].is_floating_point():
         equal = all(torch.equal(left, right) for left, right in zip(actual, stock, strict=True))
         return Judgement(0.0 if equal else float("inf"), name)
-    roundoff = UNIT_ROUNDOFF.get(stock[0].dtype, UNIT_ROUNDOFF[torch.float32])
     scale = max(float(step.double().abs().max()) for step in (truth or stock))
     stock_error = UNKNOWN_ERROR * roundoff * scale if truth is None else _distance(stock, truth)
     limit = SCATTER * stock_error + ROUNDINGS * roundoff * scale

@@ -75,7 +75,7 @@ def _of(kind: str, dtype: str) -> list[Combination]:
 def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: CompileGraph, steps: int = STEPS) -> list[Run]:
     """Both tolerances of one cache kind and dtype, which share their graphs."""
     both = _of(kind, dtype)
-    known = _run_stock(model, kind, steps)
+    known = _run_stock(model, kind, steps, DTYPES[dtype])
     if known.result is None:
         return [Run(each, Verdict.NOT_ON_STOCK, known.failure) for each in both]
     alignedkv_compile.reset_report()
@@ -84,16 +84,16 @@ def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: C
     try:
         decoded = decode_compiled(model, kind, backend, steps)
     except Exception as error:
-        control = _control(model, kind, known, steps)
+        control = _control(model, kind, known, steps, DTYPES[dtype])
         verdict = Verdict.NOT_ON_STOCK if control else Verdict.ERROR
         return [Run(each, verdict, control or describe(error), **_seen(backend, each)) for each in both]  # type: ignore[arg-type]
     runs = []
     for each in both:
-        judgement = judge(decoded[str(each.tolerance)], known.result, known.truth)
+        judgement = judge(decoded[str(each.tolerance)], known.result, known.truth, DTYPES[dtype])
         verdict = Verdict.RIGHT if judgement.right else Verdict.WRONG
         run = Run(each, verdict, "", judgement.error, judgement.where, **_seen(backend, each))  # type: ignore[arg-type]
         runs.append(replace(run, rows_in_full=_rows_in_full() if each.tolerance else None))
-    if any(run.verdict is Verdict.WRONG for run in runs) and (control := _control(model, kind, known, steps)):
+    if any(run.verdict is Verdict.WRONG for run in runs) and (control := _control(model, kind, known, steps, DTYPES[dtype])):
         runs = [replace(run, verdict=Verdict.NOT_ON_STOCK, message=control) for run in runs]
     return runs
 
@@ -102,14 +102,13 @@ def _options(tolerance: float) -> dict[str, object]:
     return {"tolerance": tolerance, "min_context": 0, "stats": tolerance > 0}
 
 
-def _run_stock(model: TinyModel, kind: str, steps: int) -> _Stock:
+def _run_stock(model: TinyModel, kind: str, steps: int, own: torch.dtype) -> _Stock:
     try:
         result = decode(model, kind, steps)
     except Exception as error:
         return _Stock(None, None, describe(error))
     if not result.finite:
         return _Stock(None, None, "its logits are not finite")
-    own = next(iter(result.logits)).dtype
     truth = None
     for dtype in (torch.float64, torch.float32):
         if truth is None and dtype is not own:
@@ -118,14 +117,14 @@ def _run_stock(model: TinyModel, kind: str, steps: int) -> _Stock:
     return _Stock(result, truth, "")
 
 
-def _control(model: TinyModel, kind: str, known: _Stock, steps: int) -> str:
+def _control(model: TinyModel, kind: str, known: _Stock, steps: int, dtype: torch.dtype) -> str:
     """Why ``torch.compile(backend="eager")`` does not give stock's result either, or ""."""
     assert known.result is not None
     try:
         decoded = decode_compiled(model, kind, ZooBackend({"": {}}, stock), steps)
     except Exception as error:
         return f'torch.compile(backend="eager"): {describe(error)}'
-    judgement = judge(decoded[""], known.result, known.truth)
+    judgement = judge(decoded[""], known.result, known.truth, dtype)
     return "" if judgement.right else f'torch.compile(backend="eager") differs from eager in {judgement.where}'
 
 
