@@ -64,7 +64,7 @@ def test_each_pattern_gives_stock_s_result(name: str) -> None:
 
 
 def test_bits_are_skipped_in_so_short_a_context() -> None:
-    every_bit, default = run("LlamaForCausalLM", "static", "bfloat16")
+    every_bit, default = run("OPTForCausalLM", "static", "bfloat16", 6)
     assert every_bit.every_site_rewritten
     assert default.every_site_rewritten
     assert default.rows_in_full is not None

@@ -7,7 +7,8 @@ So the largest error over all logits of all steps may be
 
     limit = 3 * (stock's largest error) + 4 * u * (largest logit)
 
-where ``u`` is the unit roundoff of the model's dtype: 3 for the scatter between two draws, and the second term for those logits that stock
+where ``u`` is the unit roundoff of the model's dtype:
+3 for the scatter between two draws, and the second term for those logits that stock
 happens to hit exactly. Each tensor of the cache is judged in the same way at the end.
 
 Some models cannot run in float64. Then the truth for bf16 is fp32, and for fp32 it is stock itself, whose error is taken to be
