@@ -13,7 +13,8 @@ from alignedkv_compile.layout import MAX_HEAD_DIM
 from alignedkv_compile.torch_private import FakeTensor, generates_triton
 
 from .nodes import Declined, arguments, constant, depends_on_data, example_size, fake, operation, same, tensor_of
-from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall, AttentionSite, CacheOperand
+from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall, AttentionSite, CacheOperand, MaskTerm
+from .softmax import written_out_call
 
 if TYPE_CHECKING:
     from .caches.kind import CacheKind
@@ -25,7 +26,8 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 
 def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
     """Every softmax attention of a graph, over a cache or not, in graph order."""
-    return tuple(call for node in graph.nodes if (call := _fused_call(node)) is not None)
+    calls = (_fused_call(node) or written_out_call(node) for node in graph.nodes)
+    return tuple(call for call in calls if call is not None)
 
 
 def _fused_call(node: Node) -> AttentionCall | None:
@@ -39,7 +41,7 @@ def _fused_call(node: Node) -> AttentionCall | None:
         query=bound.get("query"),
         key=bound.get("key"),
         value=bound.get("value"),
-        mask=bound.get("attn_mask"),
+        masks=() if bound.get("attn_mask") is None else (MaskTerm(bound["attn_mask"]),),
         dropout=bound.get("dropout_p", 0.0),
         is_causal=bound.get("is_causal", False),
         scale=bound.get("scale"),
@@ -53,15 +55,17 @@ def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperan
     Raises:
         Declined: it is not what the aligned read computes.
     """
-    query = check_query(call, key.source, key.repeats)
-    if key.repeats != value.repeats:
-        raise Declined("K and V heads are repeated differently")
-    rows = fake(query).shape[2]
+    query = check_query(call, key, value)
+    rows = fake(query).shape[-2]
     if is_prefill(call):
-        return AttentionSite(index, call, kind, Outcome.PREFILL, query, key, value, None, 0.0, example_size(rows))
+        return AttentionSite(index, call, kind, Outcome.PREFILL, query, key, value, (), 0.0, example_size(rows))
+    if call.softcap or call.sinks is not None:
+        raise Declined("soft caps and sinks are not supported yet")
     scale = check_constants(call, key.source)
-    mask = check_mask(call, fake(key.rows).shape[2])
-    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, mask, scale, int(rows))
+    heads = constant(fake(key.source).shape[1]) * key.repeats if call.folded else fake(query).shape[1]
+    for term in call.masks:
+        check_mask(term, (fake(key.source).shape[0], heads, rows, fake(key.rows).shape[2]))
+    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, int(rows))
 
 
 def check_cache_tensor(node: Node, name: str) -> None:
@@ -115,23 +119,31 @@ def check_certifiable(cache: Node) -> None:
         raise Declined(f"guarantee='worst_case' has generated C++ only; this cache is on {device}")
 
 
-def check_query(call: AttentionCall, key: Node, repeats: int) -> Node:
+def check_query(call: AttentionCall, key: CacheOperand, value: CacheOperand) -> Node:
     """The query node, once its shape is known to fit the cache.
 
     Raises:
-        Declined: the query is no ``[B, Hq, Q, Dk]`` for this cache, with ``Hq`` a multiple of its heads.
+        Declined: the query is no ``[B, Hq, Q, Dk]``, or ``[B * Hq, Q, Dk]`` where the call folds them, for this cache, with
+            ``Hq`` a multiple of its heads.
     """
-    query, cache = tensor_of(call.query), fake(key)
-    if query is None or not isinstance(call.query, Node) or query.dim() != 4:
+    query, cache = tensor_of(call.query), fake(key.source)
+    if query is None or not isinstance(call.query, Node) or query.dim() != (3 if call.folded else 4):
         raise Declined("the query is not a 4-D tensor")
-    heads, cache_heads = constant(query.shape[1]), constant(cache.shape[1])
-    if heads % cache_heads:
-        raise Declined(f"{heads} query heads are no multiple of {cache_heads} KV heads")
-    if heads != cache_heads * repeats and not call.enable_gqa and cache_heads * repeats != 1:
-        raise Declined(f"{heads} query heads read {cache_heads * repeats} KV heads without enable_gqa")
-    if not _equal(query.shape[0], cache.shape[0]):
-        raise Declined("query and cache have different batch sizes")
-    if not _equal(query.shape[3], cache.shape[3]):
+    cache_heads = constant(cache.shape[1])
+    if call.folded:
+        if not _equal(query.shape[0], cache.shape[0] * cache_heads * key.repeats):
+            raise Declined("the query has another batch size or number of heads than the keys that it is multiplied with")
+    else:
+        heads = constant(query.shape[1])
+        if heads % cache_heads:
+            raise Declined(f"{heads} query heads are no multiple of {cache_heads} KV heads")
+        if heads != cache_heads * key.repeats and not call.enable_gqa and cache_heads * key.repeats != 1:
+            raise Declined(f"{heads} query heads read {cache_heads * key.repeats} KV heads without enable_gqa")
+        if not _equal(query.shape[0], cache.shape[0]):
+            raise Declined("query and cache have different batch sizes")
+    if key.repeats != value.repeats:
+        raise Declined("K and V heads are repeated differently")
+    if not _equal(query.shape[-1], cache.shape[3]):
         raise Declined("query and K have different head dimensions")
     if query.dtype not in CACHE_DTYPES:
         raise Declined(f"the query is {str(query.dtype).removeprefix('torch.')}; supported are bfloat16, float16 and float32")
@@ -157,28 +169,25 @@ def check_constants(call: AttentionCall, key: Node) -> float:
     return float(call.scale)
 
 
-def check_mask(call: AttentionCall, rows: int | torch.SymInt) -> Node | None:
-    """The mask node, once it is known to broadcast to ``[B, Hq, Q, rows]``.
+def check_mask(term: MaskTerm, target: tuple[int | torch.SymInt, ...]) -> None:
+    """Refuse a mask that does not broadcast to ``target``, ``[B, Hq, Q, rows]``.
 
     Raises:
         Declined: it has another dtype, rank or shape.
     """
-    if call.mask is None:
-        return None
-    mask, query = tensor_of(call.mask), tensor_of(call.query)
-    if mask is None or query is None or not isinstance(call.mask, Node):
+    mask = tensor_of(term.node)
+    if mask is None:
         raise Declined("the mask is not a tensor")
     if type(mask) not in (FakeTensor, torch.Tensor, torch.nn.Parameter) or mask.layout != torch.strided or mask.is_nested:
         raise Declined("the mask is a tensor subclass, sparse or nested")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and (term.prohibits or not mask.is_floating_point()):
         raise Declined(f"the mask is {str(mask.dtype).removeprefix('torch.')}, neither bool nor floating")
-    if mask.dim() > 4:
+    if mask.dim() > (3 if term.folded else 4):
         raise Declined(f"the mask has {mask.dim()} dimensions")
-    target = (query.shape[0], query.shape[1], query.shape[2], rows)
-    for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False):
+    sizes = (target[0] * target[1], *target[2:]) if term.folded else target
+    for size, wanted in zip(reversed(mask.shape), reversed(sizes), strict=False):
         if not same(size, 1) and not _equal(size, wanted):
-            raise Declined(f"the mask {tuple(mask.shape)} does not broadcast to {target}")
-    return call.mask
+            raise Declined(f"the mask {tuple(mask.shape)} does not broadcast to {tuple(sizes)}")
 
 
 def is_prefill(call: AttentionCall) -> bool:
@@ -188,11 +197,11 @@ def is_prefill(call: AttentionCall) -> bool:
         Declined: the length depends on data, or there is no such query.
     """
     query = tensor_of(call.query)
-    if query is None or query.dim() != 4:
+    if query is None or query.dim() != (3 if call.folded else 4):
         raise Declined("the query is not a 4-D tensor")
-    if depends_on_data(query.shape[2]):
+    if depends_on_data(query.shape[-2]):
         raise Declined("the query length depends on data")
-    return bool(query.shape[2] > MAX_ALIGNED_QUERY_ROWS)
+    return bool(query.shape[-2] > MAX_ALIGNED_QUERY_ROWS)
 
 
 def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:

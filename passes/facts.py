@@ -78,9 +78,11 @@ class GraphFacts:
     def attention_over(self, operand: Node, reader: Node) -> Node | None:
         """The attention call that a node belongs to, if it reads ``operand`` as that call's K or V and as nothing else."""
         for call in self.calls:
-            if reader is call.scores and operand is call.key and operand not in (call.query, call.mask):
+            if operand in call.operands:
+                continue
+            if reader is call.scores and operand is call.key:
                 return call.node
-            if reader is call.node and operand is call.value and operand not in (call.query, call.mask):
+            if reader is call.node and operand is call.value:
                 return call.node
         return None
 

@@ -48,7 +48,8 @@ def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
     for call in facts.calls:
         if tensor_of(call.key) is None or tensor_of(call.value) is None:
             continue
-        candidate = CandidateCall(call, fold(call.key), fold(call.value), len(sites) + len(declined))  # type: ignore[arg-type]
+        key, value = fold(call.key, call.key_axes), fold(call.value, call.value_axes)  # type: ignore[arg-type]
+        candidate = CandidateCall(call, key, value, len(sites) + len(declined))
         try:
             site = _site(candidate, facts)
             if certified and site is not None:
@@ -73,6 +74,8 @@ def _site(candidate: CandidateCall, facts: GraphFacts) -> AttentionSite | None:
     if kinds[0] is not None and kinds[0] is kinds[1]:
         if not facts.inference_only:
             raise Declined("an input requires grad while grad mode is on: the backend is for inference only")
+        if candidate.call.refusal:
+            raise Declined(candidate.call.refusal)
         return kinds[0].site(candidate, facts)
     for base, kind in zip(bases, kinds, strict=True):
         cache = None if kind is not None else _cache_behind(base, facts)

@@ -46,6 +46,15 @@ Axes = tuple[tuple[Axis, ...], ...]
 """For each dimension of a tensor the axes that it is made of, the slowest first; axes of size 1 are left out."""
 
 
+Order = tuple[tuple[str, ...], ...]
+"""For each dimension of an operand the labels that it may be made of."""
+
+PLAIN: Order = (("batch",), ("head",), ("row",), ("element",))
+TRANSPOSED_KEY: Order = (("batch",), ("head",), ("element",), ("row",))
+FOLDED_KEY: Order = (("batch", "head"), ("element",), ("row",))
+FOLDED_VALUE: Order = (("batch", "head"), ("row",), ("element",))
+
+
 @dataclass(frozen=True)
 class Fold:
     """An attention operand, followed back to the tensor that it is a rearrangement of.
@@ -53,20 +62,32 @@ class Fold:
     Attributes:
         base: the first node that is no view, expand or cast.
         chain: the nodes from behind ``base`` up to the operand, in graph order.
+        order: how the operand must be laid out for the attention that it enters.
     """
 
     base: Node
     chain: tuple[Node, ...]
+    order: Order = PLAIN
 
 
-def fold(operand: Node) -> Fold:
+def is_cast(node: Node) -> bool:
+    """Whether a node changes at most a tensor's dtype, device or strides."""
+    return operation(node) in _CASTS
+
+
+def is_regrouping(node: Node) -> bool:
+    """Whether a node is a view that keeps the elements and their order."""
+    return operation(node) in _REGROUPINGS
+
+
+def fold(operand: Node, order: Order = PLAIN) -> Fold:
     """Follow an operand back through views, expands and casts. Reads only the graph; see :func:`head_repeats` for the check."""
     chain: list[Node] = []
     node = operand
     while operation(node) in _FOLDABLE and node.args and tensor_of(node.args[0]) is not None and tensor_of(node) is not None:
         chain.append(node)
         node = node.args[0]  # type: ignore[assignment]
-    return Fold(node, tuple(reversed(chain)))
+    return Fold(node, tuple(reversed(chain)), order)
 
 
 def head_repeats(folded: Fold) -> int:
@@ -86,7 +107,7 @@ def head_repeats(folded: Fold) -> int:
         axes = _follow(node, axes)
         if not _agrees(axes, result.shape):
             raise Declined(f"the cache reaches attention through {operation(node)}, whose effect on its axes is not known")
-    return _grouping(axes)
+    return _grouping(axes, folded.order)
 
 
 def _axis(label: str, size: int | torch.SymInt) -> tuple[Axis, ...]:
@@ -199,12 +220,23 @@ def _sizes(values: object) -> list[int]:
     return flat
 
 
-def _grouping(axes: Axes) -> int:
-    labels = [[axis.label for axis in dimension] for dimension in axes]
-    whole = [["batch"], ["head"], ["row"], ["element"]]
-    if len(axes) != 4 or any(labels[position] not in ([], whole[position]) for position in (0, 2, 3)):
+def _grouping(axes: Axes, order: Order) -> int:
+    if len(axes) != len(order):
         raise Declined("attention reads the cache in another order than [batch, head, row, element]")
-    repeats = [axis for axis in axes[1] if axis.label == "repeat"]
-    if axes[1][len(axes[1]) - len(repeats) :] != tuple(repeats) or len(axes[1]) - len(repeats) > 1:
-        raise Declined("KV heads are repeated in another order than n times each, one after the other")
+    for dimension, expected in zip(axes, order, strict=True):
+        _check_dimension([axis.label for axis in dimension], expected)
+    repeats = [axis for dimension in axes for axis in dimension if axis.label == "repeat"]
     return math.prod(constant(axis.size) for axis in repeats)
+
+
+def _check_dimension(labels: list[str], expected: tuple[str, ...]) -> None:
+    """Labels of size 1 are missing; repeats stand behind the head."""
+    place = 0
+    for number, label in enumerate(labels):
+        if label == "repeat":
+            if "head" not in expected or any(later != "repeat" for later in labels[number:]):
+                raise Declined("KV heads are repeated in another order than n times each, one after the other")
+        elif label in expected[place:]:
+            place = expected.index(label) + 1
+        else:
+            raise Declined("attention reads the cache in another order than [batch, head, row, element]")
