@@ -15,22 +15,20 @@ from torch.fx import GraphModule
 
 import alignedkv_compile
 import alignedkv_compile.reference
-from alignedkv_compile.append_buffers import AppendBuffers
 from alignedkv_compile.backend import alignedkv
 from alignedkv_compile.layout import PLANES_VALID
 from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.options import parse
 from alignedkv_compile.passes import rewrite_graph
-from alignedkv_compile.rebuild import PlaneBuilder
 from alignedkv_compile.report import GraphReport
 from alignedkv_compile.runtime import Runtime
-from alignedkv_compile.sidecar import SidecarStore
+from alignedkv_compile.state.stores import Stores
 
 Compiled = Callable[..., Sequence[object]]
 CompileGraph = Callable[[GraphModule, Sequence[object], Mapping[str, object]], tuple[Compiled, GraphReport]]
 
 
-class _EagerPlanes(PlaneBuilder):
+class _EagerPlanes:
     """Rebuilds planes by calling the write operator, where the product calls what Inductor generated for it."""
 
     def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
@@ -41,14 +39,15 @@ class _EagerPlanes(PlaneBuilder):
         planes[:8].view(torch.int64).fill_(PLANES_VALID)
 
 
+_STORES = Stores(_EagerPlanes())
+
+
 def pass_only(gm: GraphModule, example_inputs: Sequence[object], options: Mapping[str, object]) -> tuple[Compiled, GraphReport]:
     """The passes and the runtime; PyTorch's own kernels and the operators' references stand in for Inductor's code."""
     choices = parse(None, options)
     rewritten = rewrite_graph(gm, example_inputs, options=choices)
     report = GraphReport("", sites=rewritten.sites)
-    builder = _EagerPlanes()
-    run = Runtime(rewritten.module, rewritten, choices, report, SidecarStore(builder), AppendBuffers(builder))
-    return run, report
+    return Runtime(rewritten.module, rewritten, choices, report, _STORES), report
 
 
 def compiled(gm: GraphModule, example_inputs: Sequence[object], options: Mapping[str, object]) -> tuple[Compiled, GraphReport]:
