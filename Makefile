@@ -52,8 +52,9 @@ eval: $(STAMP)  ## quality and bytes of SmolLM2 over a sweep of tolerances, besi
 zoo: $(STAMP)  ## every generative class of transformers, tiny, against stock; goes on where it stopped; writes docs/zoo.md
 	$(BIN)/python tests/zoo/zoo.py $(ZOO_ARGS)
 
-docs: $(STAMP)  ## write docs/formulas.md from the error model
+docs: $(STAMP)  ## write docs/formulas.md from the error model, and docs/declined.md from the reasons
 	$(BIN)/python -m alignedkv_compile.formula_page docs/formulas.md
+	$(BIN)/python -m alignedkv_compile.decline_page docs/declined.md
 
 test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

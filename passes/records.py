@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch.fx
 
 from alignedkv_compile.contract import Outcome
+from alignedkv_compile.reasons import Reason
 
 from .views import PLAIN, Order
 
@@ -144,14 +145,16 @@ class DeclinedSite:
         node: the attention node, or the first reader of the cache.
         query: the call's query, if there is a call.
         caches: the nodes of K's and V's sources, as far as they are known.
-        reason: one phrase for the report.
+        reason: the kind.
+        met: one phrase for the report.
     """
 
     index: int
     node: torch.fx.Node
     query: object
     caches: tuple[torch.fx.Node, ...]
-    reason: str
+    reason: Reason
+    met: str
 
 
 @dataclass(frozen=True)
