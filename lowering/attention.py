@@ -14,7 +14,7 @@ from ..inductor_private import V, ir, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
-from .isa import chosen_isa
+from .vectors import vector_header
 
 MAX_THREADS = 256
 """Threads that share one call; more would only wait for each other."""
@@ -57,10 +57,9 @@ class ReadAttention(Template):
             kernel.add_integer(constants.site, "site")
         certified = "bounds" in nodes
         text = kernel.size_expression
-        isa = chosen_isa()
         has_planes = "planes" in nodes
         mask_type = kernel.dtype(mask) if mask is not None else None
-        shared = {"layout": layout, "isa": isa, "max_threads": MAX_THREADS, "mask_type": mask_type}
+        shared = {"layout": layout, "max_threads": MAX_THREADS, "mask_type": mask_type}
         common = render(
             "attention_common.h.jinja",
             query_type=kernel.dtype(query),
@@ -75,7 +74,7 @@ class ReadAttention(Template):
         return render(
             "aligned_read_attention.cpp.jinja",
             includes=self.includes(),
-            simd=render("simd.h.jinja", **shared),
+            vectors=vector_header(),
             arena=arena_header(constants.key_dim, constants.value_dim),
             common=common,
             stream=render("stream.h.jinja", **shared),
