@@ -26,6 +26,12 @@ COUNTER_FIELDS = (
 over batch and heads; the others count rows that were read beyond the 4-bit K plane. ``bytes_full`` is what a kernel
 that streams the cache in its own dtype would read."""
 
+
+def mask_floor(dtype: torch.dtype) -> float:
+    """A floating mask of ``dtype`` prohibits at or below this, half of the smallest number, rather than being a bias."""
+    return torch.finfo(dtype).min / 2
+
+
 _library = library.Library(NAMESPACE, "DEF")
 
 _library.define("quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()")

@@ -40,7 +40,10 @@ rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = symp
 KAPPA = sympy.sqrt(1 / (8 * sympy.log(2)))
 """rms of a rounding error over ``u`` times the number's magnitude, for a mantissa that is log-uniform in [1, 2)."""
 
-TERM_RATIO = 254
+INT8_MAX = 127
+"""Largest magnitude of an int8 that stands for the query, or in C++ for a weight."""
+
+TERM_RATIO = 2 * INT8_MAX
 """Step of the query's first int8 term over that of its second: half a step of the first is 127 steps of the second."""
 
 QUERY_TERMS = 2
@@ -64,6 +67,10 @@ LARGEST_NORM_RATIO = 2
 """Factor by which the output may turn out smaller than the norm ``R`` that a GPU's kernels estimate, before they read V, from
 means over blocks. Beyond it the thresholds were too large by more than that, and the cache is streamed."""
 
+SMALLEST_SUM = 1e-30
+"""Sums that something is divided by (of errors, of weights) count as no less, and weights below it as none: V's norms are above
+:data:`NORM_RANGE` in the mean, and 127 over this is a float32."""
+
 STEPS = 1024
 """Steps of a GPU's stored scores per power of two: an int16 is off by at most half a step, a weight by 0.034 %."""
 
@@ -76,6 +83,9 @@ SMALLEST_TOP = -16
 
 NORM_RANGE = (1e-15, 1e15)
 """When the rms norm of the V rows lies outside, squares of errors leave the range of float32, and the cache is streamed."""
+
+FLOAT_ROUNDER = 1.5 * 2**23
+"""Adding and subtracting it rounds a small float32 to an integer, whose bits are the low ones of the sum."""
 
 rho = KAPPA * u * R
 """rms rounding error of the output in its own dtype."""

@@ -30,6 +30,7 @@ from .layout import (
     CODE_RANGE,
     HEADROOM,
     MIDDLE_STEP,
+    NIBBLE_CENTER,
     PLANES_VALID,
     SCALES_BYTES,
     SCORE_GROUP,
@@ -38,7 +39,7 @@ from .layout import (
     padded_head_dim,
     score_ordered,
 )
-from .precision import LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
+from .precision import LARGEST_SHIFT, NORM_RANGE, SMALLEST_SUM, STREAM_FRACTION, evaluate, middle_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -65,7 +66,7 @@ def encode(rows: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> 
     code = torch.nan_to_num(code, nan=0.0).clamp(-CODE_RANGE, CODE_RANGE - 1).to(torch.int32) + CODE_RANGE
     padding = padded_head_dim(rows.shape[-1]) - rows.shape[-1]
     code = torch.nn.functional.pad(code, (0, padding))
-    return (code >> 12).to(torch.uint8), (code >> 8 & 15).to(torch.uint8)
+    return (code // COARSE_STEP).to(torch.uint8), (code // MIDDLE_STEP & 15).to(torch.uint8)
 
 
 @library.impl(f"{ops.NAMESPACE}::quantize_on_write", "CompositeExplicitAutograd")
@@ -273,7 +274,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
             P_sV=float(weights[row] @ finite_value),
             **common,
         )
-        addends = max(addends, 1e-30)
+        addends = max(addends, SMALLEST_SUM)
         allowed = evaluate("budget", R=float(output_norm[row]), **common)
         return addends, allowed, evaluate("threshold", B=allowed, E=addends, **common)
 
@@ -353,7 +354,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     value_addend = weights * finite_value
     middle_values = kept & (value_addend * value_4 * middle_value > theta).any(0) & ~special_values
     exact_values = middle_values & (value_addend * value_8 > theta).any(0)
-    both = value_high + (unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float() - 7.5) * (
+    both = value_high + (unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float() - NIBBLE_CENTER) * (
         value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)
     )
     values = torch.where(middle_values[:, None], both, value_high)

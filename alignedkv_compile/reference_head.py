@@ -11,17 +11,23 @@ import torch
 
 from . import ops
 from .arena import ArenaViews, unpack_row_order, unpack_score_order
-from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, DITHER_MULTIPLIER, hadamard_blocks, score_ordered
+from .layout import (
+    BLOCK_ROWS,
+    COARSE_STEP,
+    CODE_RANGE,
+    DITHER_MULTIPLIER,
+    DITHER_UNIT,
+    NIBBLE_CENTER,
+    hadamard_blocks,
+    score_ordered,
+)
 from .precision import EXPRESSIONS
-
-INT8_MAX = 127
-"""Largest int8 of the score pass's query."""
 
 
 def dither(positions: torch.Tensor) -> torch.Tensor:
     """Row dither in steps of the 4-bit plane, float32 in [-1/2, 1/2), from int64 row numbers."""
     word = (positions * DITHER_MULTIPLIER) & 0xFFFFFFFF
-    return (word - (1 << 31)).to(torch.float32) * 2.0**-32
+    return (word - (1 << 31)).to(torch.float32) * DITHER_UNIT
 
 
 def hadamard(rows: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ def group_bias(
     if rows.dtype == torch.bool:
         return None, rows
     bias = rows.float()
-    attended = ~(bias <= torch.finfo(rows.dtype).min / 2)
+    attended = ~(bias <= ops.mask_floor(rows.dtype))
     nothing = ~attended.any(-1)
     attended = torch.where(nothing[:, None], bias > -math.inf, attended)
     return bias, attended
@@ -171,7 +177,7 @@ def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.flo
 
 def dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
-    return (high.float() - 7.5 - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
+    return (high.float() - NIBBLE_CENTER - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
 
 
 def key_nibbles(views: ArenaViews, head: int) -> torch.Tensor:

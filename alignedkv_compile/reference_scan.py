@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from . import ops
 from .arena import ArenaViews, arena_views, unpack_row_order, unpack_scales
-from .layout import BLOCK_ROWS, CODE_RANGE, MIDDLE_STEP, PLANES_VALID, SCALES_BYTES, ArenaLayout, arena_layout
+from .layout import BLOCK_ROWS, CODE_RANGE, MIDDLE_STEP, NIBBLE_CENTER, PLANES_VALID, SCALES_BYTES, ArenaLayout, arena_layout
 from .precision import (
     LARGEST_NORM_RATIO,
     LARGEST_SHIFT,
     LARGEST_STEP,
     NORM_RANGE,
+    SMALLEST_SUM,
     SMALLEST_TOP,
     STEPS,
     STREAM_FRACTION,
@@ -150,7 +152,7 @@ def read_scanned(
 
 def _absorbed(bias: torch.Tensor, attended: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a query row attends only to rows whose bias is a prohibition, which absorbs scores."""
-    return bool(((bias <= torch.finfo(dtype).min / 2) & attended).any())
+    return bool(((bias <= ops.mask_floor(dtype)) & attended).any())
 
 
 def _read_pair(
@@ -232,7 +234,7 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
         }
         allowed = evaluate("budget", **found)
         budgets.append(allowed)
-        addends.append(max(evaluate("addend_sum", **found), 1e-30))
+        addends.append(max(evaluate("addend_sum", **found), SMALLEST_SUM))
         theta.append(evaluate("threshold", B=allowed, E=addends[-1], **common))
         tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / middle_value, **found))
         key_4.append(evaluate("key_coefficient", b=4, q=q))
@@ -307,7 +309,7 @@ def _finish(
     values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
     nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
     values = torch.where(
-        finer[:, None], values + (nibbles - 7.5) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values
+        finer[:, None], values + (nibbles - NIBBLE_CENTER) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values
     )
     values = torch.where((full | alone)[:, None], call.value.float(), values)
     used = kept | alone

@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from .arena import ArenaViews, unpack_row_order, unpack_scales
-from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, SCORE_GROUP, padded_head_dim
+from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, NIBBLE_CENTER, SCALES_BYTES, SCORE_GROUP, padded_head_dim
 from .precision import NORM_RANGE, STREAM_FRACTION, TERM_RATIO
 from .reference_head import (
     HeadCall,
@@ -134,7 +134,7 @@ class _Rows:
         lost = (mixed.double() - coded).abs().sum(-1) + query_slack(key_dim) * mixed.double().norm(dim=-1)
         high = (
             key_nibbles(views, head)[:length, :key_dim].double()
-            - 7.5
+            - NIBBLE_CENTER
             - dither(torch.arange(length, device=call.key.device)).double()[:, None]
         )
         dots = coded @ (high * (key_scale[:, None] * (COARSE_STEP / CODE_RANGE))).T * call.scale
@@ -241,9 +241,9 @@ class _Rows:
         """Scores of rows at 8 and 16 bits."""
         call, key_dim = self.call, self.call.key.shape[-1]
         length = len(bits)
-        high = key_nibbles(self.views, self.head)[:length, :key_dim].double() - 7.5
+        high = key_nibbles(self.views, self.head)[:length, :key_dim].double() - NIBBLE_CENTER
         high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
-        middle = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - 7.5
+        middle = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - NIBBLE_CENTER
         unit = self.key_scale[:, None] / CODE_RANGE
         dots = self.query @ (high * (COARSE_STEP * unit)).T + self.first_term @ (middle * (MIDDLE_STEP * unit)).T
         at_8 = masked_scores(call, dots * call.scale)
@@ -266,9 +266,9 @@ class _Rows:
     def values(self, bits: torch.Tensor) -> torch.Tensor:
         """V rows at their bits, float64 ``[T, Dv]``."""
         length, dimension = self.call.value.shape
-        high = unpack_row_order(self.views.value_hi[self.head, :length])[:, :dimension].double() - 7.5
+        high = unpack_row_order(self.views.value_hi[self.head, :length])[:, :dimension].double() - NIBBLE_CENTER
         high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
-        middle = unpack_row_order(self.views.value_mid[self.head, :length])[:, :dimension].double() - 7.5
+        middle = unpack_row_order(self.views.value_mid[self.head, :length])[:, :dimension].double() - NIBBLE_CENTER
         step = self.value_scale[:, None] / CODE_RANGE
         planes = (high * COARSE_STEP + torch.where((bits == 4)[:, None], 0.0, middle * MIDDLE_STEP)) * step
         return torch.where((bits == 16)[:, None], self.call.value.double(), planes)

@@ -9,18 +9,17 @@ that depends on data, every address is fixed, as CUDA graphs want it, and no sum
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
 
-from ... import precision
 from ...inductor_private import DeviceProperties, FloorDiv, V, ir
-from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, ArenaLayout
-from .constants import head_constants, power_of_two
+from ...layout import BLOCK_ROWS, ArenaLayout
+from ..constants import option_constants, policy_constants
 from .kernel import contiguous, emit, scratch
+from .shapes import head_constants, power_of_two
 from .tuning import read_launches, splits
 
 STATISTIC_FIELDS = 9
@@ -89,7 +88,8 @@ class Read:
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
             **self.launches.tiles,
-            **_policy_constants(self.arena, element.itemsize),
+            **policy_constants(self.arena, element.itemsize),
+            **option_constants(settings.tolerance, settings.unit_roundoff, max(settings.min_context, 1)),
             "HEADS": heads,
             "GROUP": group,
             "QUERIES": queries,
@@ -110,9 +110,6 @@ class Read:
             "FLOOR": mask_floor,
             "SCALE": settings.scale,
             "ABS_SCALE": abs(settings.scale),
-            "ALPHA": settings.tolerance,
-            "ROUNDOFF": settings.unit_roundoff,
-            "MIN_CONTEXT": max(settings.min_context, 1),
             "PRECISION": "'ieee'" if _is_hip() else "'tf32x3'",
             "PACKED": device.type == "cuda" and not _is_hip(),
             "FULL_KEY": self.arena.key_dim * element.itemsize,
@@ -120,9 +117,6 @@ class Read:
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
-            "STEPS": precision.STEPS,
-            "SCORE_LIMIT": float(precision.LARGEST_STEP),
-            "SMALLEST_TOP": float(precision.SMALLEST_TOP),
             "PROHIBITED": PROHIBITED,
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
@@ -221,25 +215,6 @@ class Read:
         """Add what was read to row ``site`` of ``counters``."""
         dummy = contiguous(self.device, torch.int32, 1)
         self.emit("count", {"COUNTERS_OUT": counters, **self.counted}, ["COUNTERS_OUT"], dummy, SITE=site, SCAN=128)
-
-
-def _policy_constants(arena: ArenaLayout, element_size: int) -> dict[str, object]:
-    """Numbers of the error model."""
-    middle_key, middle_value = precision.middle_ratios(arena, element_size)
-    return {
-        "TERM_RATIO": precision.TERM_RATIO,
-        "MIN_NORM": precision.NORM_RANGE[0],
-        "MAX_NORM": precision.NORM_RANGE[1],
-        "LARGEST_SHIFT": math.log2(precision.LARGEST_SHIFT),
-        "LARGEST_NORM": float(precision.LARGEST_NORM_RATIO),
-        "FRACTION": float(precision.STREAM_FRACTION),
-        "COARSE": COARSE_STEP / CODE_RANGE,
-        "MIDDLE": MIDDLE_STEP / CODE_RANGE,
-        "VALUE_8": precision.evaluate("value_coefficient", b=8, D=arena.value_dim),
-        "KEY_MIDDLE_RATIO": middle_key,
-        "VALUE_MIDDLE_RATIO": middle_value,
-        "SCALES_BYTES": SCALES_BYTES,
-    }
 
 
 def _processors(device: torch.device) -> int:

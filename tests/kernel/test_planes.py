@@ -18,11 +18,11 @@ from alignedkv_compile.layout import (
     CODE_RANGE,
     MAX_HEAD_DIM,
     MIDDLE_STEP,
-    SMALLEST_NORM,
     ArenaLayout,
     arena_layout,
     hadamard_blocks,
 )
+from alignedkv_compile.row_header import VALUE_NORM
 
 SHAPES = [(64, 64, torch.bfloat16), (80, 48, torch.float16), (128, 128, torch.float32), (21, 9, torch.bfloat16)]
 
@@ -124,7 +124,7 @@ def test_packing_round_trips(groups: int, half: int, seed: int) -> None:
 SCALES = st.lists(st.floats(0, math.inf, width=32), min_size=1, max_size=20)
 
 
-@given(SCALES, SCALES, st.floats(SMALLEST_NORM, MAX_HEAD_DIM**0.5))
+@given(SCALES, SCALES, st.floats(VALUE_NORM.smallest, MAX_HEAD_DIM**0.5))
 def test_scales_round_up_by_a_sixteenth_and_norms_to_the_nearest(keys: list[float], values: list[float], norm: float) -> None:
     count = min(len(keys), len(values))
     key, value, share = (torch.tensor(x, dtype=torch.float32) for x in (keys[:count], values[:count], [norm] * count))

@@ -13,7 +13,7 @@ from alignedkv_compile.lowering.isa import CHOICES, ENVIRONMENT_VARIABLE, TARGET
 
 EDITED = (
     *dict.fromkeys(name for target in TARGETS.values() for name in target.headers),
-    *("isa.py", "vectors.h.jinja", "scan.py.jinja", "layout.py", "precision.py", "worst_case.py", "ops.py"),
+    *("isa.py", "vectors.h.jinja", "scan.py.jinja", "layout.py", "row_header.py", "precision.py", "worst_case.py", "ops.py"),
 )
 
 

@@ -8,8 +8,8 @@ from cases import added_error_in_rho, make_case, run_reference, write_planes
 
 from alignedkv_compile import reference, reference_query
 from alignedkv_compile.layout import HEADROOM
-from alignedkv_compile.precision import TERM_RATIO, evaluate
-from alignedkv_compile.reference_head import INT8_MAX, dither, hadamard
+from alignedkv_compile.precision import INT8_MAX, TERM_RATIO, evaluate
+from alignedkv_compile.reference_head import dither, hadamard
 from alignedkv_compile.reference_query import Int8Query
 
 
