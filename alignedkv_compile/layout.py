@@ -59,6 +59,8 @@ COARSE_STEP = 4096
 """One step of the 4-bit plane, in units of the 16-bit code."""
 MIDDLE_STEP = 256
 """One step of both planes together, in units of the 16-bit code."""
+PLANE_RATIO = COARSE_STEP // MIDDLE_STEP
+"""A step of the 4-bit plane over one of both."""
 CODE_RANGE = 32768
 """The 16-bit code of a number equal to its row's scale."""
 NIBBLE_CENTER = 7.5

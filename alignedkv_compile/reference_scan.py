@@ -14,7 +14,17 @@ import torch
 
 from . import ops
 from .arena import ArenaViews, arena_views, unpack_row_order, unpack_scales
-from .layout import BLOCK_ROWS, CODE_RANGE, MIDDLE_STEP, NIBBLE_CENTER, PLANES_VALID, SCALES_BYTES, ArenaLayout, arena_layout
+from .layout import (
+    BLOCK_ROWS,
+    CODE_RANGE,
+    MIDDLE_STEP,
+    NIBBLE_CENTER,
+    PLANE_RATIO,
+    PLANES_VALID,
+    SCALES_BYTES,
+    ArenaLayout,
+    arena_layout,
+)
 from .precision import (
     LARGEST_NORM_RATIO,
     LARGEST_SHIFT,
@@ -271,7 +281,7 @@ def _finish(
     value_errors = weights * rows.value_scale * value_8
     full_key = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
     predicted = refined * plane_key + full_key * row_key + kept * plane_value
-    predicted = predicted + (kept & (value_errors * 16 * middle_value > theta).any(0)) * plane_value
+    predicted = predicted + (kept & (value_errors * PLANE_RATIO * middle_value > theta).any(0)) * plane_value
     predicted = predicted + (kept & (value_errors > theta).any(0)) * row_value
     alone = torch.zeros_like(rows.live)
     for program in range(splits):
@@ -305,7 +315,7 @@ def _finish(
     # 4. rows of V
     value_errors = weights * rows.value_scale * value_8
     full = kept & (value_errors > theta).any(0)
-    finer = kept & ~full & (value_errors * 16 * middle_value > theta).any(0)
+    finer = kept & ~full & (value_errors * PLANE_RATIO * middle_value > theta).any(0)
     values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
     nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
     values = torch.where(

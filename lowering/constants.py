@@ -23,7 +23,7 @@ SHARED: Mapping[str, Number] = {
     "COARSE_STEP": layout.COARSE_STEP,
     "COARSE": layout.COARSE_STEP / layout.CODE_RANGE,
     "MIDDLE": layout.MIDDLE_STEP / layout.CODE_RANGE,
-    "PLANE_RATIO": layout.COARSE_STEP // layout.MIDDLE_STEP,
+    "PLANE_RATIO": layout.PLANE_RATIO,
     "COARSE_SHIFT": layout.COARSE_STEP.bit_length() - 1,
     "MIDDLE_SHIFT": layout.MIDDLE_STEP.bit_length() - 1,
     "NIBBLE_CENTER": layout.NIBBLE_CENTER,
