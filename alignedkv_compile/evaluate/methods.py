@@ -129,7 +129,7 @@ class Aligned:
             counters: torch.Tensor,
         ) -> tuple[torch.Tensor, ...]:
             call = aligned_read_attention.counted
-            return (call(query, key, value, planes, None, live.shape[0], scale, tolerance, unit, least, counters, 0),)
+            return (call(query, key, value, planes, None, None, live.shape[0], scale, 0.0, tolerance, unit, least, counters, 0),)
 
         return compile_function(read, args, ((), (2,), (2,), (0,), (0,), ()), {}, post_grad_pass("eval"))
 
