@@ -300,7 +300,14 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
         )
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
-    settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)
+    settings = Settings(
+        scale=constants.scale,
+        softcap=constants.softcap,
+        tolerance=constants.tolerance,
+        unit_roundoff=constants.unit_roundoff,
+        min_context=constants.min_context,
+        length=constants.length,
+    )
     attention = {name: node for name, node in inputs.items() if name != "counters"}
     read = Read(attention, strides, mask_minimum(mask), settings)
     result = read.read(output)
