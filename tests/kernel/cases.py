@@ -35,7 +35,7 @@ NATIVE_ISAS = {"avx512": ("avx512", "avx2", "portable"), "avx2": ("avx2", "porta
 
 @dataclass(frozen=True)
 class Case:
-    """One call: shapes, dtypes and options. ``mask`` is None or a ``[B|1, Hq|1, Q|1, T]`` tensor, ``sinks`` None or ``[Hq]``."""
+    """One call: shapes, dtypes and options. ``mask`` is None or ``[B|1, Hq|1, Q|1, T]``, ``sinks`` None or ``[Hq]``."""
 
     query: torch.Tensor
     key: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import subprocess
 from dataclasses import replace
@@ -213,8 +214,6 @@ def test_tanh_is_within_a_few_units_in_the_last_place(tmp_path: Path) -> None:
     numbers = torch.cat([exponents, torch.logspace(-1, 1, 100_000), torch.tensor([0.0, math.inf, math.nan, 9.01, 20.0])])
     numbers = torch.nn.functional.pad(torch.cat([numbers, -numbers]), (0, -2 * len(numbers) % 16)).contiguous()
     out = torch.empty_like(numbers)
-    import ctypes
-
     run = ctypes.CDLL(str(library)).run
     run(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(len(numbers)))
     truth = numbers.double().tanh()

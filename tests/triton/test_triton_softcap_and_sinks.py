@@ -56,7 +56,9 @@ def test_tolerance_zero(planes: bool) -> None:
     assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
 
 
-@pytest.mark.parametrize("name", ["random", "finfo.min", "position bias per head", "some rows prohibited", "nothing allowed (bool)"])
+@pytest.mark.parametrize(
+    "name", ["random", "finfo.min", "position bias per head", "some rows prohibited", "nothing allowed (bool)"]
+)
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
 def test_masks(name: str, tolerance: float) -> None:
     rows = 400
@@ -74,7 +76,7 @@ def test_masks(name: str, tolerance: float) -> None:
 @pytest.mark.parametrize("sink", [45.0, 300.0])
 def test_a_sink_that_takes_nearly_everything(sink: float) -> None:
     case = make_case(rows=300, peak=0.3, sinks=torch.full((6,), sink))
-    result, expected = run_triton(case, row_ordered_planes(case)), exact(case)
+    result = run_triton(case, row_ordered_planes(case))
     if sink < 80:
         assert added_error_in_rho(case, result.output).max() <= 4 * case.tolerance
     else:
