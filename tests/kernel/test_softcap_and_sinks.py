@@ -93,7 +93,9 @@ def test_certified_kernels_agree_with_the_reference(isa: str, name: str) -> None
         assert bool((result.bounds > 0).all())
 
 
-@pytest.mark.parametrize("name", list(masks(8)))
+@pytest.mark.parametrize(
+    "name", ["random", "finfo.min", "position bias per head", "some rows prohibited", "nothing allowed (bool)"]
+)
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
 def test_masks(name: str, tolerance: float) -> None:
     """The mask is added to capped scores and takes nothing off a sink; a row that attends to nothing gives zeros."""
@@ -108,10 +110,11 @@ def test_masks(name: str, tolerance: float) -> None:
     nothing = expected.norm(dim=-1) == 0
     assert bool(nothing.any()) == name.startswith(("some rows", "nothing"))
     assert not run_kernel(case, planes).output[nothing].any()
-    certified = replace(case, tolerance=32.0)
-    kernel = run_certified_kernel(certified, planes)
-    check_agreement(certified, kernel, run_certified_reference(certified, planes))
-    assert not kernel.output[nothing].any()
+    if tolerance:
+        certified = replace(case, tolerance=32.0)
+        kernel = run_certified_kernel(certified, planes)
+        check_agreement(certified, kernel, run_certified_reference(certified, planes))
+        assert not kernel.output[nothing].any()
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
@@ -218,7 +221,7 @@ def test_tanh_is_within_a_few_units_in_the_last_place(tmp_path: Path) -> None:
     run(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(len(numbers)))
     truth = numbers.double().tanh()
     assert torch.equal(out.isnan(), truth.isnan())
-    assert torch.equal(out.signbit(), numbers.signbit())
+    assert torch.equal(out.signbit()[~truth.isnan()], numbers.signbit()[~truth.isnan()])
     spacing = torch.from_numpy(np.spacing(truth.abs().float().numpy())).double()
     errors = ((out.double() - truth).abs() / spacing)[~truth.isnan()]
     assert float(errors.max()) <= ULPS
