@@ -44,7 +44,8 @@ ALIGNMENT = 64
 """Bytes; every section starts on a multiple of it."""
 ELEMENT_PADDING = 16
 """Head dimensions are padded to a multiple of this."""
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
+"""What K of multi-latent attention has in absorbed form: a latent of 512 and a rotary part of 64."""
 
 PLANES_STALE = 0
 """Header word: the planes say nothing about the cache; read the 16-bit (or 32-bit) original."""

@@ -39,7 +39,7 @@ from .layout import (
     padded_head_dim,
     score_ordered,
 )
-from .precision import LARGEST_SHIFT, NORM_RANGE, SMALLEST_SUM, STREAM_FRACTION, evaluate, middle_ratios
+from .precision import LARGEST_SHIFT, SMALLEST_SUM, STREAM_FRACTION, evaluate, middle_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -51,9 +51,11 @@ from .reference_head import (
     key_nibbles,
     masked_scores,
     masked_softmax,
+    norms_in_range,
     read_full,
     skipped_output,
     weight_error,
+    with_sinks,
 )
 from .reference_query import Int8Query
 from .reference_worst_case import read_certified
@@ -120,16 +122,17 @@ def aligned_read_attention(
     value: torch.Tensor,
     planes: torch.Tensor | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
 ) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.aligned_read_attention`."""
-    return _attention(
-        query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=ReadCounts()
-    )
+    call = (query, key, value, planes, mask, sinks, length, scale, softcap, tolerance, unit_roundoff, min_context)
+    return _attention(*call, counts=ReadCounts())
 
 
 @library.impl(f"{ops.NAMESPACE}::aligned_read_attention.counted", "CompositeExplicitAutograd")
@@ -139,8 +142,10 @@ def aligned_read_attention_counted(
     value: torch.Tensor,
     planes: torch.Tensor | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -149,7 +154,8 @@ def aligned_read_attention_counted(
 ) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     counts = ReadCounts()
-    output = _attention(query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=counts)
+    call = (query, key, value, planes, mask, sinks, length, scale, softcap, tolerance, unit_roundoff, min_context)
+    output = _attention(*call, counts=counts)
     counts.add_to(counters, site)
     return output
 
@@ -188,8 +194,10 @@ def _attention(
     value: torch.Tensor,
     planes: torch.Tensor | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -204,7 +212,9 @@ def _attention(
     aligned = planes is not None and tolerance > 0 and int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value)) if planes is not None and aligned else None
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
-    for index, b, selected, call in head_calls(query, key, value, mask, length, scale, tolerance, unit_roundoff):
+    for index, b, selected, call in head_calls(
+        query, key, value, mask, sinks, length, scale, softcap, tolerance, unit_roundoff
+    ):
         result = None
         if views is not None and call.span >= max(min_context, 1) and torch.isfinite(call.query).all():
             if certificates is None:
@@ -238,16 +248,16 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     mixed = hadamard(call.query)
     query = Int8Query.rounded(mixed)
     high = key_nibbles(views, head)[:length, :key_dim].float()
-    scores = query.coarse_scores(high, offset, key_scale, call.scale)
+    raw = query.coarse_scores(high, offset, key_scale, call.scale)
     if bool(special_keys.any()):
-        scores[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
-    scores = masked_scores(call, scores)
-    weights = masked_softmax(scores)
+        raw[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
+    scores = masked_scores(call, raw)
+    weights = masked_softmax(call, scores)
 
     # statistics of the weights, and which V rows a block mean may answer for
     norm = mixed.norm(dim=-1) * call.scale
     rms_value = float((value_norm.square().sum() / live_rows).sqrt())
-    if not NORM_RANGE[0] <= rms_value <= NORM_RANGE[1]:
+    if not norms_in_range(call, rms_value, weights):
         return None
     output_norm = (weights * value_norm).square().sum(-1).sqrt()
     finite_key = torch.where(torch.isfinite(key_scale) & live, key_scale, 0.0)
@@ -328,15 +338,16 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     if predicted > float(STREAM_FRACTION) * full:
         return None
 
-    # 3. K rows above the threshold: the middle plane, then the row itself
+    # 3. K rows above the threshold: the middle plane, which adds to scores as they were before the cap, then the row itself
     middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
     counts.bytes_read += int(refined.sum()) * plane_key
     counts.key_rows_mid += int(refined.sum())
-    coarse_scores, scores = scores, torch.where(refined, scores + query.middle_scores(middle, key_scale, call.scale), scores)
-    shift = (scores.logsumexp(-1) - coarse_scores.logsumexp(-1)).abs()
+    finer = masked_scores(call, raw + query.middle_scores(middle, key_scale, call.scale))
+    coarse_scores, scores = scores, torch.where(refined, finer, scores)
+    shift = (with_sinks(call, scores).logsumexp(-1) - with_sinks(call, coarse_scores).logsumexp(-1)).abs()
     if bool((shift > math.log(LARGEST_SHIFT)).any()):
         return None
-    weights = masked_softmax(scores)
+    weights = masked_softmax(call, scores)
     for row in range(weights.shape[0]):
         errors = key_errors[row]
         remaining = evaluate(
@@ -348,7 +359,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     exact_keys = refined & (key_addend * column(key_8) > theta).any(0)
     exact = call.query @ torch.where(exact_keys[:, None], call.key.float(), 0.0).T * call.scale
     scores = torch.where(exact_keys, masked_scores(call, exact), scores)
-    weights = masked_softmax(scores)
+    weights = masked_softmax(call, scores)
 
     # 4. V rows likewise, among those kept in 2
     value_addend = weights * finite_value

@@ -29,7 +29,6 @@ from .precision import (
     LARGEST_NORM_RATIO,
     LARGEST_SHIFT,
     LARGEST_STEP,
-    NORM_RANGE,
     SMALLEST_SUM,
     SMALLEST_TOP,
     STEPS,
@@ -47,8 +46,10 @@ from .reference_head import (
     head_calls,
     key_nibbles,
     masked_scores,
+    norms_in_range,
     read_full,
     weight_error,
+    with_sinks,
 )
 from .reference_query import Int8Query
 
@@ -127,8 +128,10 @@ def read_scanned(
     value: torch.Tensor,
     planes: torch.Tensor,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -148,7 +151,9 @@ def read_scanned(
     valid = int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value))
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
-    for index, b, selected, call in head_calls(query, key, value, mask, length, scale, tolerance, unit_roundoff):
+    for index, b, selected, call in head_calls(
+        query, key, value, mask, sinks, length, scale, softcap, tolerance, unit_roundoff
+    ):
         counts.pairs += 1
         lenient = call.bias is not None and mask is not None and _absorbed(call.bias, call.attended, mask.dtype)
         usable = valid and tolerance > 0 and call.span >= max(min_context, 1) and bool(torch.isfinite(call.query).all())
@@ -191,13 +196,15 @@ def _read_pair(
     return output
 
 
+def _coarse_scores(call: HeadCall, views: ArenaViews, head: int, rows: Rows) -> torch.Tensor:
+    """Scaled products ``[M, T]`` from the 4-bit plane."""
+    high = key_nibbles(views, head)[: call.key.shape[0], : call.key.shape[-1]].float()
+    return Int8Query.rounded(hadamard(call.query)).coarse_scores(high, rows.offset, rows.key_scale, call.scale)
+
+
 def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int) -> torch.Tensor:
     """Scores ``[M, T]`` as powers of two, as they are stored: relative to a reference of each program."""
-    key_dim, length = call.key.shape[-1], call.key.shape[0]
-    query = Int8Query.rounded(hadamard(call.query))
-    high = key_nibbles(views, head)[:length, :key_dim].float()
-    scores = query.coarse_scores(high, rows.offset, rows.key_scale, call.scale)
-    scores = masked_scores(call, scores) * math.log2(math.e)
+    scores = masked_scores(call, _coarse_scores(call, views, head, rows)) * math.log2(math.e)
     for program in range(splits):
         own = (share == program) & rows.live
         if not bool(own.any()):
@@ -219,10 +226,10 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
     value_dim, live_rows = call.value.shape[-1], int(rows.live.sum())
     norm, key_scale, value_scale = (torch.where(rows.live, of, 0.0) for of in (rows.norm, rows.key_scale, rows.value_scale))
     rms = float((norm.square().sum() / live_rows).sqrt())
-    if not NORM_RANGE[0] <= rms <= NORM_RANGE[1]:
-        return None
-    log2_total = scores.mul(math.log(2)).logsumexp(-1) / math.log(2)
+    log2_total = with_sinks(call, scores.mul(math.log(2))).logsumexp(-1) / math.log(2)
     weights = torch.where(scores == -math.inf, 0.0, torch.exp2(scores - log2_total[:, None]))
+    if not norms_in_range(call, rms, weights):
+        return None
     weighted = weights * norm
     blocks = rows.means.shape[0]
     mass = torch.nn.functional.pad(weighted * rows.skippable, (0, blocks * BLOCK_ROWS - norm.shape[0]))
@@ -280,7 +287,8 @@ def _finish(
     kept = rows.live & (refined | ~rows.skippable | (skip_errors > limits.tau[:, None]).any(0))
     value_errors = weights * rows.value_scale * value_8
     full_key = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
-    predicted = refined * plane_key + full_key * row_key + kept * plane_value
+    refinement = plane_key * (2 if call.softcap > 0 else 1)
+    predicted = refined * refinement + full_key * row_key + kept * plane_value
     predicted = predicted + (kept & (value_errors * PLANE_RATIO * middle_value > theta).any(0)) * plane_value
     predicted = predicted + (kept & (value_errors > theta).any(0)) * row_value
     alone = torch.zeros_like(rows.live)
@@ -304,7 +312,11 @@ def _finish(
     middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
     query = Int8Query.rounded(hadamard(call.query))
     middle_scores = query.middle_scores(middle, rows.key_scale, call.scale, terms=2)
-    scores = torch.where(refined, scores + middle_scores * math.log2(math.e), scores)
+    if call.softcap > 0:  # what is added belongs under the cap: those rows' 4-bit plane is read again
+        finer = masked_scores(call, _coarse_scores(call, views, head, rows) + middle_scores) * math.log2(math.e)
+    else:
+        finer = scores + middle_scores * math.log2(math.e)
+    scores = torch.where(refined, finer, scores)
     weights = torch.exp2(scores - limits.log2_total[:, None])
     exact = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
     whole = exact | alone
@@ -324,6 +336,9 @@ def _finish(
     values = torch.where((full | alone)[:, None], call.value.float(), values)
     used = kept | alone
     total = weights[:, used].sum(-1) + mass.sum(-1)
+    if call.sinks is not None:
+        sinks = call.sinks * math.log2(math.e) - limits.log2_total
+        total = total + torch.where(call.sinks == -math.inf, 0.0, torch.exp2(sinks))
     output = weights[:, used] @ values[used] + mass @ rows.means
     output = output * torch.where(total > 0, 1 / total, 0.0)[:, None]
 
@@ -331,7 +346,7 @@ def _finish(
     counts.rows += int(rows.live.sum())
     counts.bytes_full += int(rows.live.sum()) * (row_key + row_value)
     counts.bytes_read += (
-        int(refined.sum()) * plane_key + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
+        int(refined.sum()) * refinement + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
     )
     counts.bytes_read += (int(exact.sum()) + streamed) * row_key + (int(full.sum()) + streamed) * row_value
     counts.key_rows_mid += int(refined.sum())

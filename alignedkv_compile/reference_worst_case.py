@@ -64,7 +64,7 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     rows = None if fine else _Rows.load(call, views, head)
     if rows is None:
         return None
-    weights = masked_softmax(rows.scores)
+    weights = masked_softmax(call, rows.scores)
     means = block_means(call, views, head)
     kept = rows.choose_kept(weights, means)
     size = rows.coarse_output_norm(weights, kept, means[1])
@@ -72,7 +72,7 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     if not keys.within:
         _count(rows, keys, kept, torch.full_like(keys.bits, 4), means[0], counts)
         return None
-    weights = masked_softmax(rows.scores)
+    weights = masked_softmax(call, rows.scores)
     value_bits = rows.choose_value_bits(weights, kept, size)
     output = weights[:, kept] @ rows.values(value_bits)[kept] + skipped_output(weights, kept, means[1].double())
     bound = rows.certify(weights, output, keys.bits, kept, value_bits, means[1])
@@ -215,7 +215,7 @@ class _Rows:
             self.refine_scores(bits)
             if bool((self.scores - top > LARGEST_SCORE_BOUND).any()):
                 return _Keys(bits, middle, within=False)
-            weights = masked_softmax(self.scores)
+            weights = masked_softmax(self.call, self.scores)
         return _Keys(bits, middle, within=True)
 
     def costs_too_much(self, bits: torch.Tensor, middle: torch.Tensor, value_bytes: int) -> bool:
@@ -290,6 +290,8 @@ class _Rows:
         d = self.score_bound(bits)
         moved = _formula("weight_error_bound")(p=weights, g=_formula("growth")(d=d))
         least = _formula("weight_least")(p=weights, d=d).sum(-1)
+        if self.call.sinks is not None:
+            least = least + (1 - weights.sum(-1))  # a row of no error, and of zeros
         return _formula("certificate")(
             V=value_errors,
             W=moved.sum(-1),

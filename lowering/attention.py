@@ -31,6 +31,7 @@ class Constants:
     group: int
     query_rows: int
     scale: float
+    softcap: float
     tolerance: float
     unit_roundoff: float
     min_context: int
@@ -54,6 +55,9 @@ class ReadAttention(Template):
         mask_strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
         sizes = [*key.get_size()[:3], constants.length, *query.get_stride(), *key.get_stride()[:3]]
         sizes += [*value.get_stride()[:3], *mask_strides]
+        sinks = nodes.get("sinks")
+        if sinks is not None:
+            sizes.append(sinks.get_stride()[0])
         definition, aliases = self.definition(kernel, nodes, output, sizes)
         if "counters" in nodes:
             kernel.add_integer(constants.site, "site")
@@ -61,7 +65,13 @@ class ReadAttention(Template):
         text = kernel.size_expression
         has_planes = "planes" in nodes
         mask_type = kernel.dtype(mask) if mask is not None else None
-        shared = {"layout": layout, "max_threads": MAX_THREADS, "mask_type": mask_type}
+        shared = {
+            "layout": layout,
+            "max_threads": MAX_THREADS,
+            "mask_type": mask_type,
+            "sinks_type": kernel.dtype(sinks) if sinks is not None else None,
+            "softcap": f"{constants.softcap:.9e}f" if constants.softcap > 0 else None,
+        }
         common = render(
             "attention_common.h.jinja",
             query_type=kernel.dtype(query),
@@ -69,9 +79,9 @@ class ReadAttention(Template):
             group=constants.group,
             query_rows=constants.query_rows,
             scale=f"{constants.scale:.9e}f",
-            mask_type=mask_type,
             mask_floor=f"{mask_minimum(mask):.9e}f",
             mask_shared=mask_strides[1] == 0,
+            **shared,
         )
         return render(
             "aligned_read_attention.cpp.jinja",
@@ -98,6 +108,7 @@ class ReadAttention(Template):
             key_strides=[text(s) for s in key.get_stride()[:3]],
             value_strides=[text(s) for s in value.get_stride()[:3]],
             mask_strides=[text(s) for s in mask_strides],
+            sinks_stride=text(sinks.get_stride()[0]) if sinks is not None else "",
             **shared,
         )
 
@@ -134,8 +145,10 @@ def _lower(
     value: ir.TensorBox,
     planes: ir.TensorBox | None,
     mask: ir.TensorBox | None,
+    sinks: ir.TensorBox | None,
     length: sympy.Expr,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -153,6 +166,7 @@ def _lower(
         group=static(query_heads) // static(key.get_size()[1]),
         query_rows=static(query_rows),
         scale=scale,
+        softcap=softcap,
         tolerance=tolerance,
         unit_roundoff=unit_roundoff,
         min_context=min_context,
@@ -163,8 +177,9 @@ def _lower(
     worthwhile = tolerance > 0 if bounds is None else tolerance * unit_roundoff >= worst_case.FINEST_BUDGET
     if planes is not None and worthwhile:
         inputs["planes"] = realize(planes, contiguous_last=False)
-    if mask is not None:
-        inputs["mask"] = realize(mask, contiguous_last=False)
+    for name, tensor in (("mask", mask), ("sinks", sinks)):
+        if tensor is not None:
+            inputs[name] = realize(tensor, contiguous_last=False)
     for name, tensor in (("bounds", bounds), ("counters", counters)):
         if tensor is not None:
             inputs[name] = realize(tensor, contiguous_last=False)
@@ -196,7 +211,14 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
         )
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
-    settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)
+    settings = Settings(
+        scale=constants.scale,
+        softcap=constants.softcap,
+        tolerance=constants.tolerance,
+        unit_roundoff=constants.unit_roundoff,
+        min_context=constants.min_context,
+        length=constants.length,
+    )
     attention = {name: node for name, node in inputs.items() if name != "counters"}
     read = Read(attention, strides, mask_minimum(mask), settings)
     result = read.read(output)

@@ -40,6 +40,7 @@ class Settings:
     """What is fixed when the kernels are generated; as in the operator's schema."""
 
     scale: float
+    softcap: float
     tolerance: float
     unit_roundoff: float
     min_context: int
@@ -50,7 +51,7 @@ class Read:
     """The kernels of one call.
 
     Args:
-        inputs: IR nodes: query, key, value, and planes, mask where the call has them.
+        inputs: IR nodes: query, key, value, and planes, mask, sinks where the call has them.
         mask_strides: strides of the mask, 0 where it broadcasts.
         mask_floor: a floating mask at or below it prohibits.
         settings: the call's options.
@@ -105,6 +106,8 @@ class Read:
             "COLUMNS": min(64, power_of_two(self.arena.value_dim)),
             "HAS_MASK": self.mask_kind,
             "MASK_SHARED": queries == 1 and mask is not None and mask_strides[1] == 0,
+            "HAS_SINKS": "SINKS" in self.inputs,
+            "SOFTCAP": max(settings.softcap, 0.0),
             "HAS_STATE": self.aligned,
             "COUNTED": "PLANES" in self.inputs,
             "FLOOR": mask_floor,
@@ -114,6 +117,7 @@ class Read:
             "PACKED": device.type == "cuda" and not _is_hip(),
             "FULL_KEY": self.arena.key_dim * element.itemsize,
             "FULL_VALUE": self.arena.value_dim * element.itemsize,
+            "REFINEMENT": self.arena.key_plane_row * (2 if settings.softcap > 0 else 1),
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
@@ -121,6 +125,8 @@ class Read:
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
         self.sizes += [*key.get_stride()[:3], *value.get_stride()[:3]]
+        if "SINKS" in self.inputs:
+            self.sizes += self.inputs["SINKS"].get_stride()
 
     def emit(
         self,
@@ -151,6 +157,10 @@ class Read:
             lenient = {"LENIENT": self.emit("lenient", {"MASK": self.inputs["MASK"]}, [], output, GRID_Y=1)}
         return {**lenient, "MASK": self.inputs["MASK"]}
 
+    def sinks(self) -> dict[str, ir.IRNode]:
+        """The sinks where there are any."""
+        return {"SINKS": self.inputs["SINKS"]} if "SINKS" in self.inputs else {}
+
     def read(self, output: ir.Layout) -> ir.TensorBox:
         """The whole call."""
         return self.read_aligned(output) if self.aligned else self.stream(output)
@@ -158,7 +168,8 @@ class Read:
     def read_aligned(self, output: ir.Layout) -> ir.TensorBox:
         """Steps 1 to 5 of docs/policy.md."""
         padded, dim, splits = self.padded, self.arena.value_dim, self.splits
-        query, planes, mask = {"QUERY": self.inputs["QUERY"]}, {"PLANES": self.inputs["PLANES"]}, self.mask()
+        query, planes = {"QUERY": self.inputs["QUERY"]}, {"PLANES": self.inputs["PLANES"]}
+        mask = {**self.mask(), **self.sinks()}
         scores = {
             "SCORES": self.scratch(torch.int16, self.blocks, BLOCK_ROWS, padded),
             "SEEN": self.scratch(torch.uint8, self.blocks),
@@ -204,9 +215,9 @@ class Read:
         inputs = {**data, **tops, **self.counted}
         if "PLANES" in self.inputs:
             shared = {"PLANES": self.inputs["PLANES"], "PARTS": self.scratch(torch.float32, splits, padded, dim)}
-            inputs = {**inputs, **shared, **self.mask()}
+            inputs = {**inputs, **shared, **self.mask(), **self.sinks()}
             return self.emit("stream", inputs, ["TOPS", "READ", *shared], output)
-        inputs |= self.mask()
+        inputs |= {**self.mask(), **self.sinks()}
         parts = self.emit("stream", inputs, ["TOPS", "READ"], self.floats(splits, padded, dim))
         chunks = -(-dim // int(str(self.constants["COLUMNS"])))
         return self.emit("combine", {"PARTS": parts, **tops}, [], output, GRID_Y=chunks)
