@@ -56,11 +56,11 @@ DITHER_MULTIPLIER = 2654435769
 4-bit plane: a low-discrepancy sequence, so that repeated tokens do not repeat their rounding errors."""
 DITHER_UNIT = 2.0**-32
 """The same in steps of the 4-bit plane."""
-COARSE_STEP = 4096
+HI_STEP = 4096
 """One step of the 4-bit plane, in units of the 16-bit code."""
-MIDDLE_STEP = 256
+MID_STEP = 256
 """One step of both planes together, in units of the 16-bit code."""
-PLANE_RATIO = COARSE_STEP // MIDDLE_STEP
+PLANE_RATIO = HI_STEP // MID_STEP
 """A step of the 4-bit plane over one of both."""
 CODE_RANGE = 32768
 """The 16-bit code of a number equal to its row's scale."""

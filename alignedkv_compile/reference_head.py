@@ -13,10 +13,10 @@ from . import ops
 from .arena import ArenaViews, unpack_row_order, unpack_score_order
 from .layout import (
     BLOCK_ROWS,
-    COARSE_STEP,
     CODE_RANGE,
     DITHER_MULTIPLIER,
     DITHER_UNIT,
+    HI_STEP,
     NIBBLE_CENTER,
     hadamard_blocks,
     score_ordered,
@@ -202,9 +202,9 @@ def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.flo
     return weights @ values
 
 
-def dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def dequantize(hi: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
-    return (high.float() - NIBBLE_CENTER - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
+    return (hi.float() - NIBBLE_CENTER - offset[:, None]) * (scale[:, None] * (HI_STEP / CODE_RANGE))
 
 
 def key_nibbles(views: ArenaViews, head: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .arena import ArenaViews, arena_views, unpack_row_order, unpack_scales
 from .layout import (
     BLOCK_ROWS,
     CODE_RANGE,
-    MIDDLE_STEP,
+    MID_STEP,
     NIBBLE_CENTER,
     PLANE_RATIO,
     PLANES_VALID,
@@ -34,7 +34,7 @@ from .precision import (
     STEPS,
     STREAM_FRACTION,
     evaluate,
-    middle_ratios,
+    mid_ratios,
 )
 from .reference_head import (
     HeadCall,
@@ -196,15 +196,15 @@ def _read_pair(
     return output
 
 
-def _coarse_scores(call: HeadCall, views: ArenaViews, head: int, rows: Rows) -> torch.Tensor:
+def _hi_scores(call: HeadCall, views: ArenaViews, head: int, rows: Rows) -> torch.Tensor:
     """Scaled products ``[M, T]`` from the 4-bit plane."""
-    high = key_nibbles(views, head)[: call.key.shape[0], : call.key.shape[-1]].float()
-    return Int8Query.rounded(hadamard(call.query)).coarse_scores(high, rows.offset, rows.key_scale, call.scale)
+    hi = key_nibbles(views, head)[: call.key.shape[0], : call.key.shape[-1]].float()
+    return Int8Query.rounded(hadamard(call.query)).hi_scores(hi, rows.offset, rows.key_scale, call.scale)
 
 
 def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int) -> torch.Tensor:
     """Scores ``[M, T]`` as powers of two, as they are stored: relative to a reference of each program."""
-    scores = masked_scores(call, _coarse_scores(call, views, head, rows)) * math.log2(math.e)
+    scores = masked_scores(call, _hi_scores(call, views, head, rows)) * math.log2(math.e)
     for program in range(splits):
         own = (share == program) & rows.live
         if not bool(own.any()):
@@ -236,7 +236,7 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
     coherent = (mass.view(-1, blocks, BLOCK_ROWS).sum(-1) @ rows.means).norm(dim=-1) / rms
     radius = torch.maximum(weighted.square().sum(-1).sqrt(), torch.where(torch.isfinite(coherent), coherent, 0.0))
     query_norm = hadamard(call.query).norm(dim=-1) * abs(call.scale)
-    _, middle_value = middle_ratios(ArenaLayout(1, 1, call.key.shape[-1], value_dim), call.key.element_size())
+    _, mid_value = mid_ratios(ArenaLayout(1, 1, call.key.shape[-1], value_dim), call.key.element_size())
     common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms, "D": value_dim}
     theta, tau, key_4, budgets, addends = [], [], [], [], []
     for row, q in enumerate(query_norm.tolist()):
@@ -253,7 +253,7 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
         budgets.append(allowed)
         addends.append(max(evaluate("addend_sum", **found), SMALLEST_SUM))
         theta.append(evaluate("threshold", B=allowed, E=addends[-1], **common))
-        tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / middle_value, **found))
+        tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / mid_value, **found))
         key_4.append(evaluate("key_coefficient", b=4, q=q))
     columns = (torch.tensor(one, device=norm.device) for one in (theta, tau, key_4, budgets, addends))
     return Limits(log2_total, radius, *columns, rms=rms, live_rows=live_rows)  # type: ignore[misc, arg-type]
@@ -274,7 +274,7 @@ def _finish(
     length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
     plane_key, plane_value = views.key_mid.shape[-1], views.value_mid.shape[-1]
     row_key, row_value = (dim * call.key.element_size() for dim in (key_dim, value_dim))
-    middle_key, middle_value = middle_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
+    mid_key, mid_value = mid_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
     value_8 = evaluate("value_coefficient", b=8, D=value_dim)
     theta, key_4 = limits.theta[:, None], limits.key_4[:, None]
     weights = torch.exp2(scores - limits.log2_total[:, None])
@@ -282,14 +282,14 @@ def _finish(
     # 1. the rows to be read, and block means for the others
     spread = (rows.norm.square() + limits.radius[:, None].square()).sqrt()
     errors = weights * spread * weight_error(rows.key_scale * key_4)
-    refined = (errors * middle_key > theta).any(0) & rows.live
+    refined = (errors * mid_key > theta).any(0) & rows.live
     skip_errors = weights * rows.norm.clamp_min(limits.rms)
     kept = rows.live & (refined | ~rows.skippable | (skip_errors > limits.tau[:, None]).any(0))
     value_errors = weights * rows.value_scale * value_8
     full_key = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
     refinement = plane_key * (2 if call.softcap > 0 else 1)
     predicted = refined * refinement + full_key * row_key + kept * plane_value
-    predicted = predicted + (kept & (value_errors * PLANE_RATIO * middle_value > theta).any(0)) * plane_value
+    predicted = predicted + (kept & (value_errors * PLANE_RATIO * mid_value > theta).any(0)) * plane_value
     predicted = predicted + (kept & (value_errors > theta).any(0)) * row_value
     alone = torch.zeros_like(rows.live)
     for program in range(splits):
@@ -309,13 +309,13 @@ def _finish(
     refined, kept = refined & ~alone, kept & ~alone
 
     # 2. four more bits of K; 3. the rows of K that deserve all
-    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
+    mid = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
     query = Int8Query.rounded(hadamard(call.query))
-    middle_scores = query.middle_scores(middle, rows.key_scale, call.scale, terms=2)
+    mid_scores = query.mid_scores(mid, rows.key_scale, call.scale, terms=2)
     if call.softcap > 0:  # what is added belongs under the cap: those rows' 4-bit plane is read again
-        finer = masked_scores(call, _coarse_scores(call, views, head, rows) + middle_scores) * math.log2(math.e)
+        finer = masked_scores(call, _hi_scores(call, views, head, rows) + mid_scores) * math.log2(math.e)
     else:
-        finer = scores + middle_scores * math.log2(math.e)
+        finer = scores + mid_scores * math.log2(math.e)
     scores = torch.where(refined, finer, scores)
     weights = torch.exp2(scores - limits.log2_total[:, None])
     exact = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
@@ -327,11 +327,11 @@ def _finish(
     # 4. rows of V
     value_errors = weights * rows.value_scale * value_8
     full = kept & (value_errors > theta).any(0)
-    finer = kept & ~full & (value_errors * PLANE_RATIO * middle_value > theta).any(0)
+    finer = kept & ~full & (value_errors * PLANE_RATIO * mid_value > theta).any(0)
     values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
     nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
     values = torch.where(
-        finer[:, None], values + (nibbles - NIBBLE_CENTER) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values
+        finer[:, None], values + (nibbles - NIBBLE_CENTER) * (rows.value_scale[:, None] * (MID_STEP / CODE_RANGE)), values
     )
     values = torch.where((full | alone)[:, None], call.value.float(), values)
     used = kept | alone

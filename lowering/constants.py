@@ -20,12 +20,12 @@ SHARED: Mapping[str, Number] = {
     "DITHER_UNIT": layout.DITHER_UNIT,
     "CODE_RANGE": layout.CODE_RANGE,
     "HEADROOM": layout.HEADROOM,
-    "COARSE_STEP": layout.COARSE_STEP,
-    "COARSE": layout.COARSE_STEP / layout.CODE_RANGE,
-    "MIDDLE": layout.MIDDLE_STEP / layout.CODE_RANGE,
+    "HI_STEP": layout.HI_STEP,
+    "HI": layout.HI_STEP / layout.CODE_RANGE,
+    "MID": layout.MID_STEP / layout.CODE_RANGE,
     "PLANE_RATIO": layout.PLANE_RATIO,
-    "COARSE_SHIFT": layout.COARSE_STEP.bit_length() - 1,
-    "MIDDLE_SHIFT": layout.MIDDLE_STEP.bit_length() - 1,
+    "HI_SHIFT": layout.HI_STEP.bit_length() - 1,
+    "MID_SHIFT": layout.MID_STEP.bit_length() - 1,
     "NIBBLE_CENTER": layout.NIBBLE_CENTER,
     "PLANES_VALID": layout.PLANES_VALID,
     "SCALES_BYTES": layout.SCALES_BYTES,
@@ -68,11 +68,11 @@ CERTIFIED: Mapping[str, Number] = {
 
 def policy_constants(arena: ArenaLayout, element_size: int) -> dict[str, Number]:
     """What the read policy takes from head dimensions and from the bytes of a number of the cache."""
-    key_ratio, value_ratio = precision.middle_ratios(arena, element_size)
+    key_ratio, value_ratio = precision.mid_ratios(arena, element_size)
     return {
         **{f"VALUE_COEFFICIENT_{bits}": precision.evaluate("value_coefficient", b=bits, D=arena.value_dim) for bits in (4, 8)},
-        "KEY_MIDDLE_RATIO": key_ratio,
-        "VALUE_MIDDLE_RATIO": value_ratio,
+        "KEY_MID_RATIO": key_ratio,
+        "VALUE_MID_RATIO": value_ratio,
     }
 
 

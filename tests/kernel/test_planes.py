@@ -14,10 +14,10 @@ from alignedkv_compile import arena, reference
 from alignedkv_compile.arena import arena_views
 from alignedkv_compile.layout import (
     BLOCK_ROWS,
-    COARSE_STEP,
     CODE_RANGE,
+    HI_STEP,
     MAX_HEAD_DIM,
-    MIDDLE_STEP,
+    MID_STEP,
     ArenaLayout,
     arena_layout,
     hadamard_blocks,
@@ -95,10 +95,10 @@ def test_planes_read_back_within_half_a_step(bits: int) -> None:
     case = make_case(rows=256, dtype=torch.float32)
     rows = reference.hadamard(case.key[0, 0])
     scale = rows.abs().amax(-1) * 16 / 15
-    high, middle = reference.encode(rows, scale, torch.arange(256))
-    code = (high.int() << 12) + ((middle.int() << 8) if bits == 8 else 0) - CODE_RANGE
-    step = COARSE_STEP if bits == 4 else MIDDLE_STEP
-    offset = reference.dither(torch.arange(256))[:, None] * COARSE_STEP
+    hi, mid = reference.encode(rows, scale, torch.arange(256))
+    code = (hi.int() << 12) + ((mid.int() << 8) if bits == 8 else 0) - CODE_RANGE
+    step = HI_STEP if bits == 4 else MID_STEP
+    offset = reference.dither(torch.arange(256))[:, None] * HI_STEP
     back = (code[:, :64] + step / 2 - offset) * scale[:, None] / CODE_RANGE
     error = (back - rows).abs() / (scale[:, None] * step / CODE_RANGE)
     assert 0.4 < error.max() <= 0.5 + 1e-3

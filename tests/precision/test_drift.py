@@ -210,8 +210,8 @@ def test_generated_cpp_holds_the_coefficients_and_constants(kernel_formulas: cty
             assert call(q) == pytest.approx(expected, rel=2.0**-23)
         expected = sympy_value(EXPRESSIONS["value_coefficient"], {"D": 96.0, "b": float(bits)})
         assert value(f"VALUE_COEFFICIENT_{bits}") == pytest.approx(expected, rel=2.0**-23)
-    ratios = precision.middle_ratios(ArenaLayout(1, 1, 64, 96), 2)
-    assert (value("KEY_MIDDLE_RATIO"), value("VALUE_MIDDLE_RATIO")) == pytest.approx(ratios, rel=2.0**-23)
+    ratios = precision.mid_ratios(ArenaLayout(1, 1, 64, 96), 2)
+    assert (value("KEY_MID_RATIO"), value("VALUE_MID_RATIO")) == pytest.approx(ratios, rel=2.0**-23)
     assert value("ALPHA") == 2.0
     assert value("ROUNDOFF") == 2.0**-8
     assert value("STREAM_FRACTION") == pytest.approx(float(precision.STREAM_FRACTION), rel=2.0**-23)
