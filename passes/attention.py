@@ -61,10 +61,9 @@ def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperan
     rows = fake(query).shape[-2]
     if is_prefill(call):
         return AttentionSite(index, call, kind, Outcome.PREFILL, query, key, value, (), 0.0, example_size(rows))
-    if call.softcap or call.sinks is not None:
-        raise Declined(Reason.ARGUMENTS, "soft caps and sinks are not supported yet")
     scale = check_constants(call, key.source)
     heads = constant(fake(key.source).shape[1]) * key.repeats if call.folded else fake(query).shape[1]
+    check_sinks(call, heads)
     for term in call.masks:
         check_mask(term, (fake(key.source).shape[0], heads, rows, fake(key.rows).shape[2]))
     return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, int(rows))
@@ -190,6 +189,19 @@ def check_mask(term: MaskTerm, target: tuple[int | torch.SymInt, ...]) -> None:
     for size, wanted in zip(reversed(mask.shape), reversed(sizes), strict=False):
         if not same(size, 1) and not _equal(size, wanted):
             raise Declined(Reason.MASK, f"the mask {tuple(mask.shape)} does not broadcast to {tuple(sizes)}")
+
+
+def check_sinks(call: AttentionCall, heads: int | torch.SymInt) -> None:
+    """Refuse sinks that are not one logit per query head.
+
+    Raises:
+        Declined: they have another shape or are not floating.
+    """
+    if call.sinks is None:
+        return
+    sinks = fake(call.sinks)
+    if sinks.dim() != 1 or not same(sinks.shape[0], heads) or not sinks.is_floating_point():
+        raise Declined(Reason.SHAPE, f"the sinks {tuple(sinks.shape)} are not one number for each of {heads} query heads")
 
 
 def is_prefill(call: AttentionCall) -> bool:

@@ -142,6 +142,7 @@ def replace_attention(
         query = editor.current(site.query)
         if site.call.folded:
             query = editor.method("unflatten", query, 0, (editor.size(site.key.source, 0), -1))
+        sinks = None if site.call.sinks is None else editor.current(site.call.sinks)
         result = editor.function(
             statistics.operator,
             query,
@@ -149,8 +150,10 @@ def replace_attention(
             reads.value,
             reads.planes,
             reads.mask,
+            sinks,
             length=reads.length,
             scale=site.scale,
+            softcap=site.call.softcap,
             tolerance=float(options.tolerance),
             unit_roundoff=options.unit_roundoff(fake(reads.key).dtype),
             min_context=least_context(site, options),

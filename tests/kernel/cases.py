@@ -35,14 +35,16 @@ NATIVE_ISAS = {"avx512": ("avx512", "avx2", "portable"), "avx2": ("avx2", "porta
 
 @dataclass(frozen=True)
 class Case:
-    """One call: shapes, dtypes and options. ``mask`` is None or a ``[B|1, Hq|1, Q|1, T]`` tensor."""
+    """One call: shapes, dtypes and options. ``mask`` is None or ``[B|1, Hq|1, Q|1, T]``, ``sinks`` None or ``[Hq]``."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     length: int | None = None
     scale: float | None = None
+    softcap: float = 0.0
     tolerance: float = 2.0
     unit_roundoff: float | None = None
     min_context: int = 0
@@ -61,14 +63,15 @@ class Case:
 
     def arguments(self, planes: torch.Tensor | None) -> tuple[object, ...]:
         return (
-            *(self.query, self.key, self.value, planes, self.mask, self.live),
-            *(self.factor, self.tolerance, self.roundoff, self.min_context),
+            *(self.query, self.key, self.value, planes, self.mask, self.sinks, self.live),
+            *(self.factor, self.softcap, self.tolerance, self.roundoff, self.min_context),
         )
 
     def __repr__(self) -> str:
         mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
         shapes = tuple(self.query.shape), tuple(self.key.shape), self.value.shape[-1]
-        return f"Case({shapes}, {self.key.dtype}, mask={mask}, live={self.live}, tolerance={self.tolerance})"
+        scores = f"softcap={self.softcap}, sinks={None if self.sinks is None else self.sinks.tolist()}"
+        return f"Case({shapes}, {self.key.dtype}, mask={mask}, {scores}, live={self.live}, tolerance={self.tolerance})"
 
 
 def make_case(
@@ -144,10 +147,16 @@ def exact(case: Case) -> torch.Tensor:
     keys, values = case.key[:, :, : case.live].double(), case.value[:, :, : case.live].double()
     group = case.query.shape[1] // keys.shape[1]
     scores = case.query.double() @ keys.repeat_interleave(group, 1).mT * case.factor
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
     if case.mask is not None:
         mask = case.mask[..., : case.live]
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+    live = scores.shape[-1]
+    if case.sinks is not None:
+        sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))[..., :live]
     return weights @ values.repeat_interleave(group, 1)
 
 

@@ -64,6 +64,15 @@ def in_place(t, x):
     return x
 
 
+def with_sinks(t):
+    key, value = written(t)
+    logits = t["q"] @ key.transpose(2, 3) * 0.25 + t["mask"]
+    sinks = t["sinks"].reshape(1, -1, 1, 1).expand(BATCH, -1, logits.shape[2], -1)
+    combined = torch.cat([logits, sinks], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    return torch.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1] @ value
+
+
 def in_double_and_back(t):
     key, value = written(t)
     logits = torch.matmul(t["q"].float(), key.float().transpose(-1, -2)) / 4.0 + t["mask"]
@@ -109,6 +118,8 @@ FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "in place": form(in_place),
     "dropout that is off": form(lambda t, x: x, lambda t, w: torch.dropout(w, 0.5, False)),
     "casts": in_double_and_back,
+    "soft cap": form(lambda t, x: torch.tanh(x * 0.25 / 2.0) * 2.0 + t["mask"]),
+    "sinks": with_sinks,
     "bmm": with_bmm,
     "baddbmm": with_baddbmm,
     "a folded bias": with_a_folded_bias,
@@ -124,7 +135,7 @@ def test_forms(harness, same_as_stock, operations, name: str) -> None:
     assert after["softmax"] == after["matmul"] == after["bmm"] == after["baddbmm"] == 0
 
 
-@pytest.mark.parametrize("name", ["masked", "bmm", "baddbmm"])
+@pytest.mark.parametrize("name", ["masked", "bmm", "baddbmm", "soft cap", "sinks"])
 def test_many_steps_and_planes(eager_backend, name: str) -> None:
     backend = eager_backend(2.0)
     compiled = torch.compile(FORMS[name], backend=backend, fullgraph=True)
@@ -180,6 +191,13 @@ NEAR_MISSES: dict[str, Callable[..., torch.Tensor]] = {
     "tanh with two caps": form(lambda t, x: 30.0 * torch.tanh(x / 50.0)),
     "last column cut without sinks": lambda t: (
         (t["q"] @ written(t)[0].transpose(2, 3)).softmax(-1)[..., :-1] @ repeat_kv(t["V"])[:, :, :-1]
+    ),
+    "sinks that are not dropped": lambda t: (
+        torch.cat([t["q"] @ written(t)[0].transpose(2, 3), t["bias"].expand(BATCH, -1, 3, -1)], -1).softmax(-1)
+        @ torch.cat([repeat_kv(t["V"])] * 2, 2)
+    ),
+    "sinks per batch entry": lambda t: (
+        torch.cat([t["q"] @ written(t)[0].transpose(2, 3), t["q"][:, :, :, :1]], -1).softmax(-1)[..., :-1] @ repeat_kv(t["V"])
     ),
     "clamped from above": form(lambda t, x: torch.clamp(x, max=1.0)),
     "a bias inside the cap": form(lambda t, x: 30.0 * torch.tanh((x + t["bias"]) / 30.0)),

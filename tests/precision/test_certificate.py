@@ -134,10 +134,10 @@ def test_planes_keep_half_a_step_and_the_stated_slack(dim: int, seed: int, tail:
         (rows, rows.double(), float(CODE_SLACK)),
     ):
         scale = numbers.abs().amax(-1) * (16 / 15)
-        high, middle = (plane[:, :dim].double() for plane in encode(numbers, scale, positions))
+        hi, mid = (plane[:, :dim].double() for plane in encode(numbers, scale, positions))
         dither = ((positions * 2654435769 & 0xFFFFFFFF).double() - 2**31) * 2.0**-32
-        at_4 = (high - 7.5 - dither[:, None]) * (scale[:, None].double() / 8)
-        at_8 = at_4 + (middle - 7.5) * (scale[:, None].double() / 128)
+        at_4 = (hi - 7.5 - dither[:, None]) * (scale[:, None].double() / 8)
+        at_8 = at_4 + (mid - 7.5) * (scale[:, None].double() / 128)
         for bits, found in ((4, at_4), (8, at_8)):
             bound = scale.double() * (2.0**-bits + slack)
             assert bool(((found - truth).abs().amax(-1) <= bound).all()), bits
