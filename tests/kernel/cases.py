@@ -103,15 +103,15 @@ def make_case(
 
 
 MISREAD = [(4.0, 0.3), (24.0, 6.0), (33.0, 0.3), (33.0, 6.0), (60.0, 2.0), (200.0, 0.3)]
-"""Arguments of :func:`misread_case`: 4 bits read scores from 15 to 800 below the truth, which is 1 to 200."""
+"""Arguments of :func:`misread_case`: 4 bits read scores from 15 to 800 away from the truth, which is 1 to 200."""
 
 
-def misread_case(strength: float, score: float) -> Case:
+def misread_case(strength: float, score: float, *, above: bool = False) -> Case:
     """One row of K with about ``strength * score`` among zeros, each of whose mixed elements is read at 4 bits as far below its
-    value as can be, times the same number of the mixed query."""
+    value, or ``above``, as can be, times the same number of the mixed query."""
     dim, rows, place = 64, 40, 20
     dither = place * 0.6180339887498949 % 1 - 0.5
-    mixed = torch.full((dim,), (0.98 - dither) / 8)  # just below the next code; the row's scale is 1
+    mixed = torch.full((dim,), ((0.02 if above else 0.98) - dither) / 8)  # at the edge of a code; the row's scale is 1
     mixed[0] = 15 / 16
     steps = round(float(score - mixed.sum()) * 8)
     mixed[1:] += (steps // (dim - 1) + (torch.arange(dim - 1) < steps % (dim - 1))) / 8

@@ -79,10 +79,11 @@ def test_the_bound_is_reached_within_an_order_of_magnitude_by_adversarial_rows()
     assert float(errors.max()) > float(bounds.max()) / 10
 
 
+@pytest.mark.parametrize("above", [False, True])
 @pytest.mark.parametrize(("strength", "score"), MISREAD)
-def test_a_row_that_4_bits_read_as_nothing_is_not_lost(strength: float, score: float) -> None:
-    """Its score is read lower by more than any bound that ``e^d`` of a float can hold, so that its weight vanishes."""
-    case = misread_case(strength, score)
+def test_a_row_that_4_bits_misread_is_not_lost(strength: float, score: float, above: bool) -> None:
+    """Its score is read wrong by more than any bound that ``e^d`` of a float can hold: its weight vanishes, or all others."""
+    case = misread_case(strength, score, above=above)
     output, bounds, _ = certified(case)
     assert float(certified_errors(case, output)) <= float(bounds) + FLOAT32 / case.roundoff
 
