@@ -9,6 +9,7 @@ BENCH_ARGS ?=
 GPU_PYTHON ?= python3
 DEMO_ARGS ?=
 EVAL_ARGS ?=
+ZOO_ARGS ?=
 
 VENV := .venv
 # Beside a CPU build of torch only: GPU builds come with a triton of their own, which a constraint would contradict.
@@ -24,7 +25,7 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick eval docs test test-all test-torch lint format typecheck bench bench-quick bench-gpu sweep-gpu gpu-codegen clean
+.PHONY: help venv demo demo-quick eval docs test test-all test-torch lint format typecheck bench bench-quick bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +49,12 @@ demo-quick: $(STAMP)  ## the same at a 2k context only (under 5 minutes)
 eval: $(STAMP)  ## quality and bytes of SmolLM2 over a sweep of tolerances, beside stock and other methods (about 2 minutes)
 	$(BIN)/alignedkv eval --compare benchmarks/kv_cache_methods.py --json results/eval.json --html results/eval.html $(EVAL_ARGS)
 
-docs: $(STAMP)  ## write docs/formulas.md from the error model
+zoo: $(STAMP)  ## every generative class of transformers, tiny, against stock; goes on where it stopped; writes docs/zoo.md
+	$(BIN)/python tests/zoo/zoo.py $(ZOO_ARGS)
+
+docs: $(STAMP)  ## write docs/formulas.md from the error model, and docs/declined.md from the reasons
 	$(BIN)/python -m alignedkv_compile.formula_page docs/formulas.md
+	$(BIN)/python -m alignedkv_compile.decline_page docs/declined.md
 
 test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -78,8 +83,8 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
 	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/alignedkv_compile/evaluate $(CURDIR)/alignedkv_compile/state $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
-	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
-		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py
+	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel:../../tests/zoo ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py ../../tests/zoo/zoo*.py
 
 format: $(STAMP)  ## rewrite the sources in ruff's format
 	$(BIN)/ruff format .

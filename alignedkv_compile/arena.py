@@ -10,16 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .layout import (
-    NORM_SHIFT,
-    PLANES_STALE,
-    PLANES_VALID,
-    SCALE_SHIFT,
-    SCALES_BYTES,
-    SCORE_GROUP,
-    SMALLEST_NORM_BITS,
-    ArenaLayout,
-)
+from .layout import PLANES_STALE, PLANES_VALID, SCALES_BYTES, SCORE_GROUP, ArenaLayout
+from .row_header import KEY_SCALE, NORM_LIMIT, VALUE_NORM, VALUE_SCALE, Field
 
 
 @dataclass(frozen=True)
@@ -114,27 +106,31 @@ def pack_scales(key: torch.Tensor, value: torch.Tensor, norm: torch.Tensor) -> t
 
     A V scale of which the largest norm would leave float32 becomes Inf, which has the row read as it is.
     """
-    value = torch.where(torch.isfinite(value * 128), value, value + torch.inf)
-    norm_code = (norm.view(torch.int32) + (1 << NORM_SHIFT - 1) - SMALLEST_NORM_BITS) >> NORM_SHIFT
-    word = _scale_code(key) << 20 | _scale_code(value) << 8 | norm_code.clamp(0, 255).to(torch.int64)
+    value = torch.where(torch.isfinite(value * NORM_LIMIT), value, value + torch.inf)
+    norm_code = (norm.view(torch.int32) + (1 << VALUE_NORM.dropped - 1) - VALUE_NORM.smallest_bits) >> VALUE_NORM.dropped
+    word = _scale_code(key) << KEY_SCALE.shift | _scale_code(value) << VALUE_SCALE.shift
+    word |= norm_code.clamp(0, VALUE_NORM.mask).to(torch.int64) << VALUE_NORM.shift
     return (word - ((word >> 31 & 1) << 32)).to(torch.int32)
 
 
 def rounded_scale(scale: torch.Tensor) -> torch.Tensor:
     """The stored number that stands for a float32 ``scale``: not below it, at most 1/16 above; Inf and NaN stay."""
-    return (_scale_code(scale).to(torch.int32) << SCALE_SHIFT).view(torch.float32)
+    return _decoded(_scale_code(scale).to(torch.int32), KEY_SCALE)
 
 
 def unpack_scales(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int32 words to float32 ``(key_scale, value_scale, value_norm)``."""
-    mask = 0xFFF << SCALE_SHIFT
-    key = (words >> 1 & mask).view(torch.float32)
-    value = (words << 11 & mask).view(torch.float32)
-    return key, value, value * (((words & 255) << NORM_SHIFT) + SMALLEST_NORM_BITS).view(torch.float32)
+    key, value, norm = (_decoded(words >> field.shift & field.mask, field) for field in (KEY_SCALE, VALUE_SCALE, VALUE_NORM))
+    return key, value, value * norm
+
+
+def _decoded(codes: torch.Tensor, field: Field) -> torch.Tensor:
+    """The float32 of int32 codes."""
+    return ((codes << field.dropped) + field.smallest_bits).view(torch.float32)
 
 
 def _scale_code(scale: torch.Tensor) -> torch.Tensor:
-    """The 12 bits of a scale, int64: exponent and four bits of mantissa, rounded up."""
+    """The code of a scale, int64: rounded up."""
     bits = scale.view(torch.int32).to(torch.int64)
-    rounded = bits + torch.where(torch.isfinite(scale), (1 << SCALE_SHIFT) - 1, 0)
-    return torch.where(torch.isnan(scale), 0xFF8, rounded >> SCALE_SHIFT)
+    rounded = bits + torch.where(torch.isfinite(scale), (1 << KEY_SCALE.dropped) - 1, 0)
+    return torch.where(torch.isnan(scale), KEY_SCALE.code(torch.nan), rounded >> KEY_SCALE.dropped)

@@ -14,6 +14,7 @@ from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
 from .plane_builder import post_grad_pass
+from .reasons import Reason
 from .report import REGISTRY, GraphReport
 from .runtime import Runtime
 
@@ -66,9 +67,10 @@ def _compile_rewritten(
     rewritten = passes.rewrite_graph(gm, example_inputs, options=options)
     graph_report.sites = rewritten.sites
     log_sites(graph_report.name, rewritten.sites)
-    declined = [describe_site(site) for site in rewritten.sites if site.outcome is Outcome.DECLINED]
+    declined = [site for site in rewritten.sites if site.outcome is Outcome.DECLINED]
     if options.strict and declined:
-        raise DeclinedError(declined)
+        links = sorted({site.kind.link for site in declined if site.kind is not None})
+        raise DeclinedError([describe_site(site) for site in declined], links)
     if not rewritten.is_changed:
         return torch_private.compile_graph(gm, example_inputs, options.inductor_patches())
     log_rewritten(graph_report.name, rewritten.module)
@@ -83,7 +85,11 @@ def _compile_rewritten(
 
 
 def _declined(site: SiteReport, reason: str) -> SiteReport:
-    return site if site.outcome is Outcome.DECLINED else replace(site, outcome=Outcome.DECLINED, reason=reason)
+    return (
+        site
+        if site.outcome is Outcome.DECLINED
+        else replace(site, outcome=Outcome.DECLINED, reason=reason, kind=Reason.INTERNAL_ERROR)
+    )
 
 
 def _traced_function(gm: torch.fx.GraphModule) -> str:

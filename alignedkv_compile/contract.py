@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch.fx
 
+from .reasons import Reason
 from .state.stores import Stores
 
 
@@ -37,6 +38,7 @@ class SiteReport:
         shape: query and cache shapes as text.
         reason: why it was declined or left to stock attention; of one that was rewritten for a GPU, below which context
             it reads every bit; else "".
+        kind: of the reason, for a declined one.
     """
 
     index: int
@@ -46,6 +48,7 @@ class SiteReport:
     cache: tuple[str, ...]
     shape: str
     reason: str
+    kind: Reason | None = None
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,15 @@ class DeclinedError(AlignedKVError, RuntimeError):
 
     Attributes:
         sites: one line of text per declined site, with its reason.
+        links: the sections of the documentation about these reasons.
     """
 
-    def __init__(self, sites: Sequence[str]) -> None:
+    def __init__(self, sites: Sequence[str], links: Sequence[str] = ()) -> None:
         self.sites = tuple(sites)
+        self.links = tuple(links)
         lines = "".join(f"\n  {line}" for line in self.sites)
-        super().__init__(f"strict=True and {len(self.sites)} cached attention site(s) were declined:{lines}")
+        pointer = f"\nwhat that means, and what to do: {', '.join(self.links)}" if self.links else ""
+        super().__init__(f"strict=True and {len(self.sites)} cached attention site(s) were declined:{lines}{pointer}")
 
 
 class StatisticsDisabledError(AlignedKVError, RuntimeError):

@@ -36,7 +36,7 @@ SYMBOLS: Mapping[str, tuple[str, str]] = {
     "P_sV": ("sum of p s_V", "value"),
     "row": ("one row in the cache", "bytes"),
     "plane": ("one row of a 4-bit plane", "bytes"),
-    "theta_4": ("theta over the middle ratio of V: what addends of V at 4 bits are held to", "value"),
+    "theta_4": ("theta over the mid ratio of V: what addends of V at 4 bits are held to", "value"),
     "rows_K8": ("rows of K of which the second 4 bits are read", "rows"),
     "rows_K": ("rows of K that are read in full", "rows"),
     "rows_V4": ("rows of V of which the first 4 bits are read", "rows"),
@@ -78,8 +78,8 @@ NOTES: Mapping[str, tuple[str, str]] = {
         "min(theta E, 2 N theta²) ≤ B².",
         f"{PAPER}: equal absolute precision",
     ),
-    "middle_ratio": (
-        "A middle plane is read where the error at 4 bits exceeds theta over this: it costs fewer bytes than the row itself.",
+    "mid_ratio": (
+        "A mid plane is read where the error at 4 bits exceeds theta over this: it costs fewer bytes than the row itself.",
         "this project",
     ),
     "remaining_budget": ("B after K rows left at 4 bits have spent their part.", "this project"),
@@ -145,7 +145,7 @@ def render() -> str:
         ("kappa", "rms rounding error over u times the magnitude, mantissa log-uniform in [1, 2)", KAPPA),
         ("term ratio", "step of the query's first int8 term over that of its second", TERM_RATIO),
         ("stream fraction", "above this share of the cache's bytes, the cache is streamed", STREAM_FRACTION),
-        ("largest shift", "change of a sum of weights by K's middle planes beyond which the cache is streamed", LARGEST_SHIFT),
+        ("largest shift", "change of a sum of weights by K's mid planes beyond which the cache is streamed", LARGEST_SHIFT),
         ("norm range", "rms norm of V outside of which the cache is streamed", NORM_RANGE),
     )
     lines += ["", "## Constants", "", "| name | meaning | value |", "|---|---|---|"]

@@ -8,7 +8,7 @@ contiguous over ``[batch, kv head, row]``; rows are padded to whole blocks of :d
 section        bytes per row          content
 =============  =====================  ==================================================================================
 header         (64 in all)            int64[0] is :data:`PLANES_VALID` or :data:`PLANES_STALE`; the rest is reserved
-scales         4                      one uint32: ``absmax(H k) * 16/15`` (12 bits), ``absmax(v) * 16/15`` (12), ``||v||`` (8)
+scales         4                      the row's header, one uint32 with both scales and the norm of V (:mod:`.row_header`)
 value_sum      (4 + 4 Dv) per block   int32 number of rows summed so far (-1: not usable), then the float32 sum of those V rows
 key_hi         Dk'/2                  4-bit plane of K: on a CPU in *score order*, on a GPU in *row order* (below)
 key_mid        Dk'/2                  4-bit plane of K in *row order*
@@ -23,16 +23,12 @@ elements. *Score order*: groups of 16 tokens; inside a group, for each run ``g``
 bytes ``4t..4t+3`` hold elements ``8g..8g+3`` in the low and ``8g+4..8g+7`` in the high nibbles. A 64-byte load then feeds
 int8 dot products that leave one sum per token, with no horizontal addition.
 
-A *scale* is the exponent and the first four mantissa bits of a float32, rounded up, so that Inf and NaN stay what they are. The
-*norm* is a multiple of its row's V scale: three bits of exponent and five of mantissa, from :data:`SMALLEST_NORM` on.
-
 The 16-bit code that the planes are cut from is ``X = clamp(floor(Hx * 32768 / scale + 4096 * dither), int16)``; a plane stores
 a nibble of ``X + 32768``, so nibbles are unsigned everywhere.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,7 +44,8 @@ ALIGNMENT = 64
 """Bytes; every section starts on a multiple of it."""
 ELEMENT_PADDING = 16
 """Head dimensions are padded to a multiple of this."""
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
+"""What K of multi-latent attention has in absorbed form: a latent of 512 and a rotary part of 64."""
 
 PLANES_STALE = 0
 """Header word: the planes say nothing about the cache; read the 16-bit (or 32-bit) original."""
@@ -57,12 +54,18 @@ PLANES_VALID = 1
 DITHER_MULTIPLIER = 2654435769
 """Golden ratio in units of 2**-32. Row ``j`` is shifted by ``((j * DITHER_MULTIPLIER) mod 2**32) / 2**32 - 1/2`` steps of the
 4-bit plane: a low-discrepancy sequence, so that repeated tokens do not repeat their rounding errors."""
-COARSE_STEP = 4096
+DITHER_UNIT = 2.0**-32
+"""The same in steps of the 4-bit plane."""
+HI_STEP = 4096
 """One step of the 4-bit plane, in units of the 16-bit code."""
-MIDDLE_STEP = 256
+MID_STEP = 256
 """One step of both planes together, in units of the 16-bit code."""
+PLANE_RATIO = HI_STEP // MID_STEP
+"""A step of the 4-bit plane over one of both."""
 CODE_RANGE = 32768
 """The 16-bit code of a number equal to its row's scale."""
+NIBBLE_CENTER = 7.5
+"""What is taken off a nibble of either plane: nibbles are unsigned, and a code stands for the middle of its interval."""
 HEADROOM = 16.0 / 15.0
 """Scale head-room that keeps the dithered code inside int16."""
 
@@ -70,15 +73,6 @@ ARRIVALS_BYTES = 8
 """Bytes per (batch, head) of ``arrivals``."""
 SCALES_BYTES = 4
 """Bytes per row of ``scales``."""
-SCALE_SHIFT = 19
-"""Low bits of a float32 that a stored scale leaves out; a scale is at most 1/16 larger than the number."""
-NORM_SHIFT = 18
-"""The same for the norm over the scale, which is rounded to nearest: within 1/64."""
-SMALLEST_NORM = 0.5
-"""Norm over scale whose code is zero. A row's norm is at least 15/17 of its scale, and at most ``sqrt(MAX_HEAD_DIM)`` times it;
-the codes end at 126 times."""
-SMALLEST_NORM_BITS = int.from_bytes(struct.pack("<f", SMALLEST_NORM), "little")
-"""The same as the bits of a float32."""
 
 
 def _align(size: IntLike) -> IntLike:

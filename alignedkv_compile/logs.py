@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 def describe_site(site: SiteReport) -> str:
     """One line: which attention call, over which cache, and what became of it."""
     place = f" at {site.where}" if site.where else ""
-    reason = f": {site.reason}" if site.reason else ""
+    kind = f" [{site.kind.value}]" if site.kind is not None else ""
+    reason = f": {site.reason}{kind}" if site.reason else ""
     return f"{site.name}{place} over {', '.join(site.cache) or 'no cache'} {site.shape} {site.outcome.value}{reason}"
 
 

@@ -26,12 +26,18 @@ COUNTER_FIELDS = (
 over batch and heads; the others count rows that were read beyond the 4-bit K plane. ``bytes_full`` is what a kernel
 that streams the cache in its own dtype would read."""
 
+
+def mask_floor(dtype: torch.dtype) -> float:
+    """A floating mask of ``dtype`` prohibits at or below this, half of the smallest number, rather than being a bias."""
+    return torch.finfo(dtype).min / 2
+
+
 _library = library.Library(NAMESPACE, "DEF")
 
 _library.define("quantize_on_write(Tensor(a!) planes, Tensor key, Tensor value, Tensor positions, SymInt capacity) -> ()")
 _ATTENTION_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, SymInt length, "
-    "float scale, float tolerance, float unit_roundoff, int min_context"
+    "Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, Tensor? sinks, SymInt length, "
+    "float scale, float softcap, float tolerance, float unit_roundoff, int min_context"
 )
 _library.define(f"aligned_read_attention({_ATTENTION_ARGUMENTS}) -> Tensor")
 _library.define(
@@ -65,8 +71,11 @@ Args:
     planes: the pair's plane arena, or None: then, and when its header says stale, all bits are read from ``key`` and ``value``.
     mask: None, or broadcastable to ``[B, Hq, Q, C]``: bool (True attends) or floating (added to the scores). A row
         that no query row attends to is not read at all and changes nothing, whatever it holds.
+    sinks: None, or floating ``[Hq]``: one more logit for each query head, which takes its part of the weights and has no row of
+        V. It is not scaled, capped or masked. A query row that attends to nothing else gives zeros.
     length: rows ``[0, length)`` are live; ``length <= C``. The mask's last dimension may be ``length`` or ``C``.
     scale: multiplies ``query @ key^T``.
+    softcap: with a number above 0 the scaled score ``s`` becomes ``softcap * tanh(s / softcap)``, before the mask is added.
     tolerance: added rms error allowed, in units of the output's rounding error; 0 reads all bits.
     unit_roundoff: ``u`` of the dtype in whose rounding error the tolerance is measured (2**-8 for bf16, 2**-11 for fp16,
         2**-24 for fp32).

@@ -40,7 +40,10 @@ rows_K8, rows_K, rows_V4, rows_V8, rows_V, row_K, row_V, plane_K, plane_V = symp
 KAPPA = sympy.sqrt(1 / (8 * sympy.log(2)))
 """rms of a rounding error over ``u`` times the number's magnitude, for a mantissa that is log-uniform in [1, 2)."""
 
-TERM_RATIO = 254
+INT8_MAX = 127
+"""Largest magnitude of an int8 that stands for the query, or in C++ for a weight."""
+
+TERM_RATIO = 2 * INT8_MAX
 """Step of the query's first int8 term over that of its second: half a step of the first is 127 steps of the second."""
 
 QUERY_TERMS = 2
@@ -48,7 +51,7 @@ QUERY_TERMS = 2
 
 The rounding error of one alone has about the variance of the 8-bit key's error. It would send rows to full reads, which cost
 more than a second product with a plane that is loaded anyway. Two terms round 254 times as finely. What remains is that the
-middle plane is multiplied by the first term only, which leaves out its rounding error times a part of K of at most ``s_K /
+mid plane is multiplied by the first term only, which leaves out its rounding error times a part of K of at most ``s_K /
 16``: an element of variance ``step^2 / 12`` times one of ``s_K^2 / 768``. That is ``(largest / rms element of the mixed
 query)^2 / 756`` of the 8-bit key's own variance, about 1/100, and is left out of the error model."""
 
@@ -56,13 +59,17 @@ STREAM_FRACTION = sympy.Rational(9, 10)
 """When the predicted bytes exceed this fraction of the cache's own, the cache is streamed in full instead."""
 
 LARGEST_SHIFT = 8
-"""Factor by which the middle planes of K may change the sum of a query row's weights. Beyond it the weights that chose the rows
+"""Factor by which the mid planes of K may change the sum of a query row's weights. Beyond it the weights that chose the rows
 were wrong, by a row of large norm that 4 bits misread, and the cache is streamed. Chosen, not derived: at 4 it would stream
 heads of peaked attention whose promise is kept anyway."""
 
 LARGEST_NORM_RATIO = 2
 """Factor by which the output may turn out smaller than the norm ``R`` that a GPU's kernels estimate, before they read V, from
 means over blocks. Beyond it the thresholds were too large by more than that, and the cache is streamed."""
+
+SMALLEST_SUM = 1e-30
+"""Sums that something is divided by (of errors, of weights) count as no less, and weights below it as none: V's norms are above
+:data:`NORM_RANGE` in the mean, and 127 over this is a float32."""
 
 STEPS = 1024
 """Steps of a GPU's stored scores per power of two: an int16 is off by at most half a step, a weight by 0.034 %."""
@@ -76,6 +83,9 @@ SMALLEST_TOP = -16
 
 NORM_RANGE = (1e-15, 1e15)
 """When the rms norm of the V rows lies outside, squares of errors leave the range of float32, and the cache is streamed."""
+
+FLOAT_ROUNDER = 1.5 * 2**23
+"""Adding and subtracting it rounds a small float32 to an integer, whose bits are the low ones of the sum."""
 
 rho = KAPPA * u * R
 """rms rounding error of the output in its own dtype."""
@@ -121,8 +131,8 @@ addend_sum = key_coefficient.subs(b, 8) * (P_sKv + R * P_sK) + value_coefficient
 threshold = sympy.Max(B**2 / E, B / sympy.sqrt(2 * N))
 """``theta``: addends with ``e <= theta`` have ``sum e^2 <= min(theta E, 2 N theta^2) <= B^2`` for independent errors."""
 
-middle_ratio = sympy.sqrt(row / plane)
-"""The middle plane of a row is read where its error at 4 bits exceeds ``theta`` over this; the row itself where that at 8 bits
+mid_ratio = sympy.sqrt(row / plane)
+"""The mid plane of a row is read where its error at 4 bits exceeds ``theta`` over this; the row itself where that at 8 bits
 exceeds ``theta``. A given ``sum e^2`` takes the fewest bytes where every further read takes the same squared error off per
 byte, and a row of the cache has ``row / plane`` times as many bytes as one of a plane."""
 
@@ -133,7 +143,7 @@ skip_threshold = sympy.Min(sympy.Max(B**2 / (P_v + n), B / sympy.sqrt(N)), theta
 """``tau``: a V row answered by its block's mean instead of being read is an addend of error ``p max(v, n)``: it is off by
 ``p ||v_j - mean||``, and the mean's norm is at most about ``n``. Rows with ``p max(v, n) <= tau`` stay within ``B`` for
 independent errors, since their sum is at most ``P_v + n`` with ``P_v = sum p v``. The 4 bits of a row cost what its next 4
-cost, so ``tau`` is at most what addends of V at 4 bits are held to, ``theta_4 = theta / middle_ratio``. (A rule on the skipped
+cost, so ``tau`` is at most what addends of V at 4 bits are held to, ``theta_4 = theta / mid_ratio``. (A rule on the skipped
 mass with a measured constant would let peaked attention skip single heavy rows.)"""
 
 predicted_bytes = rows_K8 * plane_K + rows_K * row_K + (rows_V4 + rows_V8) * plane_V + rows_V * row_V
@@ -146,7 +156,7 @@ EXPRESSIONS: Mapping[str, sympy.Expr] = {
     "value_coefficient": value_coefficient,
     "addend_sum": addend_sum,
     "threshold": threshold,
-    "middle_ratio": middle_ratio,
+    "mid_ratio": mid_ratio,
     "remaining_budget": remaining_budget,
     "skip_threshold": skip_threshold,
     "predicted_bytes": predicted_bytes,
@@ -178,10 +188,10 @@ def evaluate(name: str, **values: float) -> float:
         return math.inf
 
 
-def middle_ratios(arena: ArenaLayout, element_size: int) -> tuple[float, float]:
-    """:data:`middle_ratio` of K and of V, whose cache has ``element_size`` bytes per number."""
-    key = evaluate("middle_ratio", row=arena.key_dim * element_size, plane=arena.key_plane_row)
-    value = evaluate("middle_ratio", row=arena.value_dim * element_size, plane=arena.value_plane_row)
+def mid_ratios(arena: ArenaLayout, element_size: int) -> tuple[float, float]:
+    """:data:`mid_ratio` of K and of V, whose cache has ``element_size`` bytes per number."""
+    key = evaluate("mid_ratio", row=arena.key_dim * element_size, plane=arena.key_plane_row)
+    value = evaluate("mid_ratio", row=arena.value_dim * element_size, plane=arena.value_plane_row)
     return key, value
 
 

@@ -26,10 +26,11 @@ from .arena import (
 )
 from .layout import (
     BLOCK_ROWS,
-    COARSE_STEP,
     CODE_RANGE,
     HEADROOM,
-    MIDDLE_STEP,
+    HI_STEP,
+    MID_STEP,
+    NIBBLE_CENTER,
     PLANES_VALID,
     SCALES_BYTES,
     SCORE_GROUP,
@@ -38,7 +39,7 @@ from .layout import (
     padded_head_dim,
     score_ordered,
 )
-from .precision import LARGEST_SHIFT, NORM_RANGE, STREAM_FRACTION, evaluate, middle_ratios
+from .precision import LARGEST_SHIFT, SMALLEST_SUM, STREAM_FRACTION, evaluate, mid_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -50,22 +51,24 @@ from .reference_head import (
     key_nibbles,
     masked_scores,
     masked_softmax,
+    norms_in_range,
     read_full,
     skipped_output,
     weight_error,
+    with_sinks,
 )
 from .reference_query import Int8Query
 from .reference_worst_case import read_certified
 
 
 def encode(rows: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and middle nibbles (uint8, padded to whole rows) of float32 ``rows [..., S, D]`` at ``positions [S]``."""
+    """Nibbles of the planes hi and mid (uint8, padded to whole rows) of float32 ``rows [..., S, D]`` at ``positions [S]``."""
     factor = torch.where(scale > 0, CODE_RANGE / scale, 0.0)
-    code = torch.floor(rows * factor[..., None] + dither(positions)[:, None] * COARSE_STEP)
+    code = torch.floor(rows * factor[..., None] + dither(positions)[:, None] * HI_STEP)
     code = torch.nan_to_num(code, nan=0.0).clamp(-CODE_RANGE, CODE_RANGE - 1).to(torch.int32) + CODE_RANGE
     padding = padded_head_dim(rows.shape[-1]) - rows.shape[-1]
     code = torch.nn.functional.pad(code, (0, padding))
-    return (code >> 12).to(torch.uint8), (code >> 8 & 15).to(torch.uint8)
+    return (code // HI_STEP).to(torch.uint8), (code // MID_STEP & 15).to(torch.uint8)
 
 
 @library.impl(f"{ops.NAMESPACE}::quantize_on_write", "CompositeExplicitAutograd")
@@ -88,15 +91,15 @@ def quantize_on_write(
     inverse = torch.where(value_scale > 0, 1 / value_scale, 0.0)
     words = pack_scales(key_scale, value_scale, (values * inverse[..., None]).norm(dim=-1))
     views.scales[:, positions] = words
-    high, middle = encode(keys, key_scale, positions)
+    hi, mid = encode(keys, key_scale, positions)
     if score_ordered(planes.device):
-        views.key_hi[:, positions // SCORE_GROUP, :, positions % SCORE_GROUP] = pack_score_order(high).movedim(0, 1)
+        views.key_hi[:, positions // SCORE_GROUP, :, positions % SCORE_GROUP] = pack_score_order(hi).movedim(0, 1)
     else:
-        views.key_hi_rows[:, positions] = pack_row_order(high)
-    views.key_mid[:, positions] = pack_row_order(middle)
-    high, middle = encode(values, value_scale, positions)
-    views.value_hi[:, positions] = pack_row_order(high)
-    views.value_mid[:, positions] = pack_row_order(middle)
+        views.key_hi_rows[:, positions] = pack_row_order(hi)
+    views.key_mid[:, positions] = pack_row_order(mid)
+    hi, mid = encode(values, value_scale, positions)
+    views.value_hi[:, positions] = pack_row_order(hi)
+    views.value_mid[:, positions] = pack_row_order(mid)
     _sum_blocks(views, values, positions)
 
 
@@ -119,16 +122,17 @@ def aligned_read_attention(
     value: torch.Tensor,
     planes: torch.Tensor | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
 ) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.aligned_read_attention`."""
-    return _attention(
-        query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=ReadCounts()
-    )
+    call = (query, key, value, planes, mask, sinks, length, scale, softcap, tolerance, unit_roundoff, min_context)
+    return _attention(*call, counts=ReadCounts())
 
 
 @library.impl(f"{ops.NAMESPACE}::aligned_read_attention.counted", "CompositeExplicitAutograd")
@@ -138,8 +142,10 @@ def aligned_read_attention_counted(
     value: torch.Tensor,
     planes: torch.Tensor | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -148,7 +154,8 @@ def aligned_read_attention_counted(
 ) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     counts = ReadCounts()
-    output = _attention(query, key, value, planes, mask, length, scale, tolerance, unit_roundoff, min_context, counts=counts)
+    call = (query, key, value, planes, mask, sinks, length, scale, softcap, tolerance, unit_roundoff, min_context)
+    output = _attention(*call, counts=counts)
     counts.add_to(counters, site)
     return output
 
@@ -187,8 +194,10 @@ def _attention(
     value: torch.Tensor,
     planes: torch.Tensor | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -203,7 +212,9 @@ def _attention(
     aligned = planes is not None and tolerance > 0 and int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value)) if planes is not None and aligned else None
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
-    for index, b, selected, call in head_calls(query, key, value, mask, length, scale, tolerance, unit_roundoff):
+    for index, b, selected, call in head_calls(
+        query, key, value, mask, sinks, length, scale, softcap, tolerance, unit_roundoff
+    ):
         result = None
         if views is not None and call.span >= max(min_context, 1) and torch.isfinite(call.query).all():
             if certificates is None:
@@ -236,17 +247,17 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     # 1. scores from the 4-bit plane, with the query as two int8 terms
     mixed = hadamard(call.query)
     query = Int8Query.rounded(mixed)
-    high = key_nibbles(views, head)[:length, :key_dim].float()
-    scores = query.coarse_scores(high, offset, key_scale, call.scale)
+    hi = key_nibbles(views, head)[:length, :key_dim].float()
+    raw = query.hi_scores(hi, offset, key_scale, call.scale)
     if bool(special_keys.any()):
-        scores[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
-    scores = masked_scores(call, scores)
-    weights = masked_softmax(scores)
+        raw[:, special_keys] = call.query @ call.key[special_keys].float().T * call.scale
+    scores = masked_scores(call, raw)
+    weights = masked_softmax(call, scores)
 
     # statistics of the weights, and which V rows a block mean may answer for
     norm = mixed.norm(dim=-1) * call.scale
     rms_value = float((value_norm.square().sum() / live_rows).sqrt())
-    if not NORM_RANGE[0] <= rms_value <= NORM_RANGE[1]:
+    if not norms_in_range(call, rms_value, weights):
         return None
     output_norm = (weights * value_norm).square().sum(-1).sqrt()
     finite_key = torch.where(torch.isfinite(key_scale) & live, key_scale, 0.0)
@@ -260,7 +271,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
         "n": rms_value,
         "D": value_dim,
     }
-    middle_key, middle_value = middle_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
+    mid_key, mid_value = mid_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
 
     def threshold(row: int) -> tuple[float, float, float]:
         """``E``, ``B`` and ``theta`` of a query row, from what is known of its output's norm."""
@@ -273,7 +284,7 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
             P_sV=float(weights[row] @ finite_value),
             **common,
         )
-        addends = max(addends, 1e-30)
+        addends = max(addends, SMALLEST_SUM)
         allowed = evaluate("budget", R=float(output_norm[row]), **common)
         return addends, allowed, evaluate("threshold", B=allowed, E=addends, **common)
 
@@ -281,16 +292,16 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     for row in range(weights.shape[0]):
         _, allowed, first = threshold(row)
         kept |= skip_errors[row] > evaluate(
-            "skip_threshold", B=allowed, P_v=float(weights[row] @ value_norm), theta_4=first / middle_value, **common
+            "skip_threshold", B=allowed, P_v=float(weights[row] @ value_norm), theta_4=first / mid_value, **common
         )
     kept = (kept & live) | special_values
 
     # 2. those V rows at 4 bits give the output's norm, hence the threshold of every addend
-    value_high = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
-    value_high = torch.where(special_values[:, None], call.value.float(), value_high)
-    coarse = weights[:, kept] @ value_high[kept] + skipped_output(weights, kept, means)
-    coarse = torch.where(torch.isfinite(coarse), coarse, 0.0)  # a NaN in V spoils its own element, not the thresholds
-    output_norm = torch.maximum(output_norm, coarse.norm(dim=-1))
+    value_hi = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], value_scale, offset)
+    value_hi = torch.where(special_values[:, None], call.value.float(), value_hi)
+    at_4 = weights[:, kept] @ value_hi[kept] + skipped_output(weights, kept, means)
+    at_4 = torch.where(torch.isfinite(at_4), at_4, 0.0)  # a NaN in V spoils its own element, not the thresholds
+    output_norm = torch.maximum(output_norm, at_4.norm(dim=-1))
     spread = (value_norm.square() + output_norm[:, None].square()).sqrt()
     value_4, value_8 = (evaluate("value_coefficient", b=bits, **common) for bits in (4, 8))
     key_4, key_8 = ([evaluate("key_coefficient", b=bits, q=q) for q in norm.tolist()] for bits in (4, 8))
@@ -304,14 +315,14 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     plane_key, plane_value = padded_head_dim(key_dim) // 2, padded_head_dim(value_dim) // 2
     row_key, row_value = (dimension * call.key.element_size() for dimension in (key_dim, value_dim))
     key_errors = weights * spread * weight_error(finite_key * column(key_4))
-    refined = (key_errors * middle_key > theta).any(0) & ~special_keys
+    refined = (key_errors * mid_key > theta).any(0) & ~special_keys
     full_guess = refined & (key_addend * column(key_8) > theta).any(0)
     predicted = evaluate(
         "predicted_bytes",
         rows_K8=int(refined.sum()),
         rows_K=int(full_guess.sum()),
         rows_V4=int(kept.sum()),
-        rows_V8=int((kept & (value_addend * value_4 * middle_value > theta).any(0)).sum()),
+        rows_V8=int((kept & (value_addend * value_4 * mid_value > theta).any(0)).sum()),
         rows_V=int((kept & (value_addend * value_8 > theta).any(0)).sum()),
         row_K=row_key,
         row_V=row_value,
@@ -327,19 +338,20 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     if predicted > float(STREAM_FRACTION) * full:
         return None
 
-    # 3. K rows above the threshold: the middle plane, then the row itself
-    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
+    # 3. K rows above the threshold: the mid plane, which adds to scores as they were before the cap, then the row itself
+    mid = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
     counts.bytes_read += int(refined.sum()) * plane_key
     counts.key_rows_mid += int(refined.sum())
-    coarse_scores, scores = scores, torch.where(refined, scores + query.middle_scores(middle, key_scale, call.scale), scores)
-    shift = (scores.logsumexp(-1) - coarse_scores.logsumexp(-1)).abs()
+    finer = masked_scores(call, raw + query.mid_scores(mid, key_scale, call.scale))
+    hi_scores, scores = scores, torch.where(refined, finer, scores)
+    shift = (with_sinks(call, scores).logsumexp(-1) - with_sinks(call, hi_scores).logsumexp(-1)).abs()
     if bool((shift > math.log(LARGEST_SHIFT)).any()):
         return None
-    weights = masked_softmax(scores)
+    weights = masked_softmax(call, scores)
     for row in range(weights.shape[0]):
         errors = key_errors[row]
         remaining = evaluate(
-            "remaining_budget", B=budgets[row], left=float(errors[errors * middle_key <= thresholds[row]].square().sum())
+            "remaining_budget", B=budgets[row], left=float(errors[errors * mid_key <= thresholds[row]].square().sum())
         )
         thresholds[row] = evaluate("threshold", B=remaining, E=addend_sums[row], **common)
     theta = column(thresholds)
@@ -347,16 +359,16 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     exact_keys = refined & (key_addend * column(key_8) > theta).any(0)
     exact = call.query @ torch.where(exact_keys[:, None], call.key.float(), 0.0).T * call.scale
     scores = torch.where(exact_keys, masked_scores(call, exact), scores)
-    weights = masked_softmax(scores)
+    weights = masked_softmax(call, scores)
 
     # 4. V rows likewise, among those kept in 2
     value_addend = weights * finite_value
-    middle_values = kept & (value_addend * value_4 * middle_value > theta).any(0) & ~special_values
-    exact_values = middle_values & (value_addend * value_8 > theta).any(0)
-    both = value_high + (unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float() - 7.5) * (
-        value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)
+    mid_values = kept & (value_addend * value_4 * mid_value > theta).any(0) & ~special_values
+    exact_values = mid_values & (value_addend * value_8 > theta).any(0)
+    both = value_hi + (unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float() - NIBBLE_CENTER) * (
+        value_scale[:, None] * (MID_STEP / CODE_RANGE)
     )
-    values = torch.where(middle_values[:, None], both, value_high)
+    values = torch.where(mid_values[:, None], both, value_hi)
     values = torch.where(exact_values[:, None], call.value.float(), values)
 
     # 5. the sum, in which block means answer for the rows not read
@@ -369,9 +381,9 @@ def _read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCoun
     counts.rows += live_rows
     counts.bytes_full += full
     counts.key_rows_full += int((exact_keys | special_keys).sum())
-    counts.value_rows_mid += int(middle_values.sum())
+    counts.value_rows_mid += int(mid_values.sum())
     counts.value_rows_full += int((exact_values | special_values).sum())
     counts.bytes_read += int((exact_keys | special_keys).sum()) * row_key
-    counts.bytes_read += int(middle_values.sum()) * plane_value
+    counts.bytes_read += int(mid_values.sum()) * plane_value
     counts.bytes_read += int((exact_values | special_values).sum()) * row_value
     return result

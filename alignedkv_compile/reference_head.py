@@ -11,17 +11,23 @@ import torch
 
 from . import ops
 from .arena import ArenaViews, unpack_row_order, unpack_score_order
-from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, DITHER_MULTIPLIER, hadamard_blocks, score_ordered
-from .precision import EXPRESSIONS
-
-INT8_MAX = 127
-"""Largest int8 of the score pass's query."""
+from .layout import (
+    BLOCK_ROWS,
+    CODE_RANGE,
+    DITHER_MULTIPLIER,
+    DITHER_UNIT,
+    HI_STEP,
+    NIBBLE_CENTER,
+    hadamard_blocks,
+    score_ordered,
+)
+from .precision import EXPRESSIONS, NORM_RANGE
 
 
 def dither(positions: torch.Tensor) -> torch.Tensor:
     """Row dither in steps of the 4-bit plane, float32 in [-1/2, 1/2), from int64 row numbers."""
     word = (positions * DITHER_MULTIPLIER) & 0xFFFFFFFF
-    return (word - (1 << 31)).to(torch.float32) * 2.0**-32
+    return (word - (1 << 31)).to(torch.float32) * DITHER_UNIT
 
 
 def hadamard(rows: torch.Tensor) -> torch.Tensor:
@@ -60,7 +66,7 @@ class ReadCounts:
 class HeadCall:
     """One KV head's part of a call: ``M`` query rows of its group over ``T`` cache rows.
 
-    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``.
+    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``; ``sinks`` float32 ``[M]`` or None.
     """
 
     query: torch.Tensor
@@ -68,7 +74,9 @@ class HeadCall:
     value: torch.Tensor
     bias: torch.Tensor | None
     attended: torch.Tensor
+    sinks: torch.Tensor | None
     scale: float
+    softcap: float
     tolerance: float
     unit_roundoff: float
 
@@ -84,8 +92,10 @@ def head_calls(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
 ) -> Iterator[tuple[int, int, slice, HeadCall]]:
@@ -106,7 +116,9 @@ def head_calls(
                 value=value[b, h, :length],
                 bias=bias,
                 attended=attended,
+                sinks=None if sinks is None else sinks[selected].float().repeat_interleave(query_rows),
                 scale=scale,
+                softcap=softcap,
                 tolerance=tolerance,
                 unit_roundoff=unit_roundoff,
             ),
@@ -130,22 +142,46 @@ def group_bias(
     if rows.dtype == torch.bool:
         return None, rows
     bias = rows.float()
-    attended = ~(bias <= torch.finfo(rows.dtype).min / 2)
+    attended = ~(bias <= ops.mask_floor(rows.dtype))
     nothing = ~attended.any(-1)
     attended = torch.where(nothing[:, None], bias > -math.inf, attended)
     return bias, attended
 
 
-def masked_scores(call: HeadCall, scores: torch.Tensor) -> torch.Tensor:
-    if call.bias is not None:
-        scores = scores + call.bias
-    return scores.masked_fill(~call.attended, -math.inf)
+def masked_scores(call: HeadCall, raw: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Capped and biased scores from ``raw`` ones, scaled products ``[M, T]``; -inf where a query row does not attend.
+
+    Args:
+        rows: bool ``[T]``: the cache rows that ``raw`` is about, if not all.
+    """
+    bias, attended = call.bias, call.attended
+    if rows is not None:
+        bias, attended = None if bias is None else bias[:, rows], attended[:, rows]
+    scores = call.softcap * torch.tanh(raw / call.softcap) if call.softcap > 0 else raw
+    if bias is not None:
+        scores = scores + bias
+    return scores.masked_fill(~attended, -math.inf)
 
 
-def masked_softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over rows in which a fully masked query row gives zeros, as ``scaled_dot_product_attention`` does."""
-    weights = scores.softmax(-1)
-    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+def with_sinks(call: HeadCall, scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` with the sinks, if there are any, as one more column."""
+    return scores if call.sinks is None else torch.cat([scores, call.sinks[:, None].to(scores.dtype)], -1)
+
+
+def masked_softmax(call: HeadCall, scores: torch.Tensor) -> torch.Tensor:
+    """Weights ``[M, T]`` of the rows, which sum to less than 1 beside a sink. A query row that attends to nothing gives zeros,
+    as in ``scaled_dot_product_attention``."""
+    every = with_sinks(call, scores)
+    weights = torch.where((every == -math.inf).all(-1, keepdim=True), 0.0, every.softmax(-1))
+    return weights[:, : scores.shape[-1]]
+
+
+def norms_in_range(call: HeadCall, rms_value: float, weights: torch.Tensor) -> bool:
+    """Whether squares of errors stay inside float32: the rms norm of V's rows, times what sinks leave of the weights."""
+    if not NORM_RANGE[0] <= rms_value <= NORM_RANGE[1]:
+        return False
+    left = weights.sum(-1)
+    return call.sinks is None or not bool(((left > 0) & (left * rms_value < NORM_RANGE[0])).any())
 
 
 def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -159,19 +195,16 @@ def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.flo
     counts.rows += live
     counts.key_rows_full += live
     counts.value_rows_full += live
-    bias = call.bias[:, rows] if call.bias is not None else None
-    scores = call.query.to(dtype) @ keys.T * call.scale
-    scores = scores if bias is None else scores + bias
-    attended = call.attended[:, rows]
-    weights = masked_softmax(scores.masked_fill(~attended, -math.inf))
+    scores = masked_scores(call, call.query.to(dtype) @ keys.T * call.scale, rows)
+    weights, attended = masked_softmax(call, scores), call.attended[:, rows]
     if not bool(torch.isfinite(values).all()):  # a masked row changes nothing, whatever it holds
         return torch.stack([w[a] @ values[a] for w, a in zip(weights, attended, strict=True)])
     return weights @ values
 
 
-def dequantize(high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def dequantize(hi: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
-    return (high.float() - 7.5 - offset[:, None]) * (scale[:, None] * (COARSE_STEP / CODE_RANGE))
+    return (hi.float() - NIBBLE_CENTER - offset[:, None]) * (scale[:, None] * (HI_STEP / CODE_RANGE))
 
 
 def key_nibbles(views: ArenaViews, head: int) -> torch.Tensor:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .layout import COARSE_STEP, CODE_RANGE, MIDDLE_STEP
-from .precision import QUERY_TERMS, TERM_RATIO
-from .reference_head import INT8_MAX
+from .layout import CODE_RANGE, HI_STEP, MID_STEP, NIBBLE_CENTER
+from .precision import INT8_MAX, QUERY_TERMS, TERM_RATIO
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class Int8Query:
             left = (left - terms[-1]) * TERM_RATIO
         return cls(step, terms)
 
-    def coarse_scores(self, high: torch.Tensor, offset: torch.Tensor, key_scale: torch.Tensor, scale: float) -> torch.Tensor:
+    def hi_scores(self, hi: torch.Tensor, offset: torch.Tensor, key_scale: torch.Tensor, scale: float) -> torch.Tensor:
         """Scores ``[M, T]`` from the nibbles ``[T, Dk]`` of the 4-bit plane, less the rows' dither, by every term."""
-        dots = torch.zeros((), device=high.device)
+        dots = torch.zeros((), device=hi.device)
         for place, term in enumerate(self.terms):
-            dots = dots + (term @ high.T + term.sum(-1, keepdim=True) * (-7.5 - offset)) / TERM_RATIO**place
-        return dots * (self.step * scale * COARSE_STEP / CODE_RANGE) * key_scale
+            dots = dots + (term @ hi.T + term.sum(-1, keepdim=True) * (-NIBBLE_CENTER - offset)) / TERM_RATIO**place
+        return dots * (self.step * scale * HI_STEP / CODE_RANGE) * key_scale
 
-    def middle_scores(self, middle: torch.Tensor, key_scale: torch.Tensor, scale: float, terms: int = 1) -> torch.Tensor:
-        """What the nibbles of the middle plane add to them, by the first ``terms`` terms."""
+    def mid_scores(self, mid: torch.Tensor, key_scale: torch.Tensor, scale: float, terms: int = 1) -> torch.Tensor:
+        """What the nibbles of the mid plane add to them, by the first ``terms`` terms."""
         query = sum(term / TERM_RATIO**place for place, term in enumerate(self.terms[:terms]))
-        return (query * self.step) @ (middle - 7.5).T * (scale * MIDDLE_STEP / CODE_RANGE) * key_scale
+        return (query * self.step) @ (mid - NIBBLE_CENTER).T * (scale * MID_STEP / CODE_RANGE) * key_scale

@@ -12,18 +12,29 @@ from dataclasses import dataclass
 
 import torch
 
+from . import ops
 from .arena import ArenaViews, arena_views, unpack_row_order, unpack_scales
-from .layout import BLOCK_ROWS, CODE_RANGE, MIDDLE_STEP, PLANES_VALID, SCALES_BYTES, ArenaLayout, arena_layout
+from .layout import (
+    BLOCK_ROWS,
+    CODE_RANGE,
+    MID_STEP,
+    NIBBLE_CENTER,
+    PLANE_RATIO,
+    PLANES_VALID,
+    SCALES_BYTES,
+    ArenaLayout,
+    arena_layout,
+)
 from .precision import (
     LARGEST_NORM_RATIO,
     LARGEST_SHIFT,
     LARGEST_STEP,
-    NORM_RANGE,
+    SMALLEST_SUM,
     SMALLEST_TOP,
     STEPS,
     STREAM_FRACTION,
     evaluate,
-    middle_ratios,
+    mid_ratios,
 )
 from .reference_head import (
     HeadCall,
@@ -35,8 +46,10 @@ from .reference_head import (
     head_calls,
     key_nibbles,
     masked_scores,
+    norms_in_range,
     read_full,
     weight_error,
+    with_sinks,
 )
 from .reference_query import Int8Query
 
@@ -115,8 +128,10 @@ def read_scanned(
     value: torch.Tensor,
     planes: torch.Tensor,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     length: int,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -136,7 +151,9 @@ def read_scanned(
     valid = int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value))
     output = query.new_empty(batch, query_heads, query_rows, value_dim)
-    for index, b, selected, call in head_calls(query, key, value, mask, length, scale, tolerance, unit_roundoff):
+    for index, b, selected, call in head_calls(
+        query, key, value, mask, sinks, length, scale, softcap, tolerance, unit_roundoff
+    ):
         counts.pairs += 1
         lenient = call.bias is not None and mask is not None and _absorbed(call.bias, call.attended, mask.dtype)
         usable = valid and tolerance > 0 and call.span >= max(min_context, 1) and bool(torch.isfinite(call.query).all())
@@ -150,7 +167,7 @@ def read_scanned(
 
 def _absorbed(bias: torch.Tensor, attended: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a query row attends only to rows whose bias is a prohibition, which absorbs scores."""
-    return bool(((bias <= torch.finfo(dtype).min / 2) & attended).any())
+    return bool(((bias <= ops.mask_floor(dtype)) & attended).any())
 
 
 def _read_pair(
@@ -179,13 +196,15 @@ def _read_pair(
     return output
 
 
+def _hi_scores(call: HeadCall, views: ArenaViews, head: int, rows: Rows) -> torch.Tensor:
+    """Scaled products ``[M, T]`` from the 4-bit plane."""
+    hi = key_nibbles(views, head)[: call.key.shape[0], : call.key.shape[-1]].float()
+    return Int8Query.rounded(hadamard(call.query)).hi_scores(hi, rows.offset, rows.key_scale, call.scale)
+
+
 def _scan(call: HeadCall, views: ArenaViews, head: int, rows: Rows, share: torch.Tensor, splits: int) -> torch.Tensor:
     """Scores ``[M, T]`` as powers of two, as they are stored: relative to a reference of each program."""
-    key_dim, length = call.key.shape[-1], call.key.shape[0]
-    query = Int8Query.rounded(hadamard(call.query))
-    high = key_nibbles(views, head)[:length, :key_dim].float()
-    scores = query.coarse_scores(high, rows.offset, rows.key_scale, call.scale)
-    scores = masked_scores(call, scores) * math.log2(math.e)
+    scores = masked_scores(call, _hi_scores(call, views, head, rows)) * math.log2(math.e)
     for program in range(splits):
         own = (share == program) & rows.live
         if not bool(own.any()):
@@ -207,17 +226,17 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
     value_dim, live_rows = call.value.shape[-1], int(rows.live.sum())
     norm, key_scale, value_scale = (torch.where(rows.live, of, 0.0) for of in (rows.norm, rows.key_scale, rows.value_scale))
     rms = float((norm.square().sum() / live_rows).sqrt())
-    if not NORM_RANGE[0] <= rms <= NORM_RANGE[1]:
-        return None
-    log2_total = scores.mul(math.log(2)).logsumexp(-1) / math.log(2)
+    log2_total = with_sinks(call, scores.mul(math.log(2))).logsumexp(-1) / math.log(2)
     weights = torch.where(scores == -math.inf, 0.0, torch.exp2(scores - log2_total[:, None]))
+    if not norms_in_range(call, rms, weights):
+        return None
     weighted = weights * norm
     blocks = rows.means.shape[0]
     mass = torch.nn.functional.pad(weighted * rows.skippable, (0, blocks * BLOCK_ROWS - norm.shape[0]))
     coherent = (mass.view(-1, blocks, BLOCK_ROWS).sum(-1) @ rows.means).norm(dim=-1) / rms
     radius = torch.maximum(weighted.square().sum(-1).sqrt(), torch.where(torch.isfinite(coherent), coherent, 0.0))
     query_norm = hadamard(call.query).norm(dim=-1) * abs(call.scale)
-    _, middle_value = middle_ratios(ArenaLayout(1, 1, call.key.shape[-1], value_dim), call.key.element_size())
+    _, mid_value = mid_ratios(ArenaLayout(1, 1, call.key.shape[-1], value_dim), call.key.element_size())
     common = {"alpha": call.tolerance, "u": call.unit_roundoff, "N": live_rows, "n": rms, "D": value_dim}
     theta, tau, key_4, budgets, addends = [], [], [], [], []
     for row, q in enumerate(query_norm.tolist()):
@@ -232,9 +251,9 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
         }
         allowed = evaluate("budget", **found)
         budgets.append(allowed)
-        addends.append(max(evaluate("addend_sum", **found), 1e-30))
+        addends.append(max(evaluate("addend_sum", **found), SMALLEST_SUM))
         theta.append(evaluate("threshold", B=allowed, E=addends[-1], **common))
-        tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / middle_value, **found))
+        tau.append(evaluate("skip_threshold", B=allowed, theta_4=theta[-1] / mid_value, **found))
         key_4.append(evaluate("key_coefficient", b=4, q=q))
     columns = (torch.tensor(one, device=norm.device) for one in (theta, tau, key_4, budgets, addends))
     return Limits(log2_total, radius, *columns, rms=rms, live_rows=live_rows)  # type: ignore[misc, arg-type]
@@ -255,7 +274,7 @@ def _finish(
     length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
     plane_key, plane_value = views.key_mid.shape[-1], views.value_mid.shape[-1]
     row_key, row_value = (dim * call.key.element_size() for dim in (key_dim, value_dim))
-    middle_key, middle_value = middle_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
+    mid_key, mid_value = mid_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
     value_8 = evaluate("value_coefficient", b=8, D=value_dim)
     theta, key_4 = limits.theta[:, None], limits.key_4[:, None]
     weights = torch.exp2(scores - limits.log2_total[:, None])
@@ -263,13 +282,14 @@ def _finish(
     # 1. the rows to be read, and block means for the others
     spread = (rows.norm.square() + limits.radius[:, None].square()).sqrt()
     errors = weights * spread * weight_error(rows.key_scale * key_4)
-    refined = (errors * middle_key > theta).any(0) & rows.live
+    refined = (errors * mid_key > theta).any(0) & rows.live
     skip_errors = weights * rows.norm.clamp_min(limits.rms)
     kept = rows.live & (refined | ~rows.skippable | (skip_errors > limits.tau[:, None]).any(0))
     value_errors = weights * rows.value_scale * value_8
     full_key = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
-    predicted = refined * plane_key + full_key * row_key + kept * plane_value
-    predicted = predicted + (kept & (value_errors * 16 * middle_value > theta).any(0)) * plane_value
+    refinement = plane_key * (2 if call.softcap > 0 else 1)
+    predicted = refined * refinement + full_key * row_key + kept * plane_value
+    predicted = predicted + (kept & (value_errors * PLANE_RATIO * mid_value > theta).any(0)) * plane_value
     predicted = predicted + (kept & (value_errors > theta).any(0)) * row_value
     alone = torch.zeros_like(rows.live)
     for program in range(splits):
@@ -289,10 +309,14 @@ def _finish(
     refined, kept = refined & ~alone, kept & ~alone
 
     # 2. four more bits of K; 3. the rows of K that deserve all
-    middle = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
+    mid = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
     query = Int8Query.rounded(hadamard(call.query))
-    middle_scores = query.middle_scores(middle, rows.key_scale, call.scale, terms=2)
-    scores = torch.where(refined, scores + middle_scores * math.log2(math.e), scores)
+    mid_scores = query.mid_scores(mid, rows.key_scale, call.scale, terms=2)
+    if call.softcap > 0:  # what is added belongs under the cap: those rows' 4-bit plane is read again
+        finer = masked_scores(call, _hi_scores(call, views, head, rows) + mid_scores) * math.log2(math.e)
+    else:
+        finer = scores + mid_scores * math.log2(math.e)
+    scores = torch.where(refined, finer, scores)
     weights = torch.exp2(scores - limits.log2_total[:, None])
     exact = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
     whole = exact | alone
@@ -303,15 +327,18 @@ def _finish(
     # 4. rows of V
     value_errors = weights * rows.value_scale * value_8
     full = kept & (value_errors > theta).any(0)
-    finer = kept & ~full & (value_errors * 16 * middle_value > theta).any(0)
+    finer = kept & ~full & (value_errors * PLANE_RATIO * mid_value > theta).any(0)
     values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
     nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
     values = torch.where(
-        finer[:, None], values + (nibbles - 7.5) * (rows.value_scale[:, None] * (MIDDLE_STEP / CODE_RANGE)), values
+        finer[:, None], values + (nibbles - NIBBLE_CENTER) * (rows.value_scale[:, None] * (MID_STEP / CODE_RANGE)), values
     )
     values = torch.where((full | alone)[:, None], call.value.float(), values)
     used = kept | alone
     total = weights[:, used].sum(-1) + mass.sum(-1)
+    if call.sinks is not None:
+        sinks = call.sinks * math.log2(math.e) - limits.log2_total
+        total = total + torch.where(call.sinks == -math.inf, 0.0, torch.exp2(sinks))
     output = weights[:, used] @ values[used] + mass @ rows.means
     output = output * torch.where(total > 0, 1 / total, 0.0)[:, None]
 
@@ -319,7 +346,7 @@ def _finish(
     counts.rows += int(rows.live.sum())
     counts.bytes_full += int(rows.live.sum()) * (row_key + row_value)
     counts.bytes_read += (
-        int(refined.sum()) * plane_key + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
+        int(refined.sum()) * refinement + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
     )
     counts.bytes_read += (int(exact.sum()) + streamed) * row_key + (int(full.sum()) + streamed) * row_value
     counts.key_rows_mid += int(refined.sum())

@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from .arena import ArenaViews, unpack_row_order, unpack_scales
-from .layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, SCORE_GROUP, padded_head_dim
+from .layout import BLOCK_ROWS, CODE_RANGE, HI_STEP, MID_STEP, NIBBLE_CENTER, SCALES_BYTES, SCORE_GROUP, padded_head_dim
 from .precision import NORM_RANGE, STREAM_FRACTION, TERM_RATIO
 from .reference_head import (
     HeadCall,
@@ -64,15 +64,15 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     rows = None if fine else _Rows.load(call, views, head)
     if rows is None:
         return None
-    weights = masked_softmax(rows.scores)
+    weights = masked_softmax(call, rows.scores)
     means = block_means(call, views, head)
     kept = rows.choose_kept(weights, means)
-    size = rows.coarse_output_norm(weights, kept, means[1])
+    size = rows.hi_output_norm(weights, kept, means[1])
     keys = rows.refine_keys(weights, size, kept)
     if not keys.within:
         _count(rows, keys, kept, torch.full_like(keys.bits, 4), means[0], counts)
         return None
-    weights = masked_softmax(rows.scores)
+    weights = masked_softmax(call, rows.scores)
     value_bits = rows.choose_value_bits(weights, kept, size)
     output = weights[:, kept] @ rows.values(value_bits)[kept] + skipped_output(weights, kept, means[1].double())
     bound = rows.certify(weights, output, keys.bits, kept, value_bits, means[1])
@@ -87,10 +87,10 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
 
 @dataclass(frozen=True)
 class _Keys:
-    """How K was read: bits of every row, int64 ``[T]``; whose middle plane was read, bool ``[T]``; whether that was enough."""
+    """How K was read: bits of every row, int64 ``[T]``; whose mid plane was read, bool ``[T]``; whether that was enough."""
 
     bits: torch.Tensor
-    middle: torch.Tensor
+    mid: torch.Tensor
     within: bool
 
 
@@ -132,12 +132,12 @@ class _Rows:
         first, second = (term.double() * query.step.double() / TERM_RATIO**place for place, term in enumerate(query.terms))
         coded = first + second
         lost = (mixed.double() - coded).abs().sum(-1) + query_slack(key_dim) * mixed.double().norm(dim=-1)
-        high = (
+        hi = (
             key_nibbles(views, head)[:length, :key_dim].double()
-            - 7.5
+            - NIBBLE_CENTER
             - dither(torch.arange(length, device=call.key.device)).double()[:, None]
         )
-        dots = coded @ (high * (key_scale[:, None] * (COARSE_STEP / CODE_RANGE))).T * call.scale
+        dots = coded @ (hi * (key_scale[:, None] * (HI_STEP / CODE_RANGE))).T * call.scale
         return cls(
             call=call,
             views=views,
@@ -186,16 +186,16 @@ class _Rows:
         above = cost > linear_threshold(cost, skippable, self.budget("skip", size), self.live)[:, None]
         return (above.any(0) | ~skippable) & self.live_rows
 
-    def coarse_output_norm(self, weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    def hi_output_norm(self, weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """Norm of the output ``[M]`` from the 4-bit plane of V."""
         bits = torch.full(kept.shape, 4, device=kept.device)
-        coarse = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
-        return coarse.norm(dim=-1)
+        at_4 = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
+        return at_4.norm(dim=-1)
 
     def refine_keys(self, weights: torch.Tensor, size: torch.Tensor, kept: torch.Tensor) -> _Keys:
         """Refine the scores, unless everything would be read anyway."""
         bits = torch.full(self.live_rows.shape, 4, device=self.live_rows.device)
-        middle = torch.zeros_like(self.live_rows)
+        mid = torch.zeros_like(self.live_rows)
         value_bytes = self.value_bytes(self.choose_value_bits(weights, kept, size), kept)
         top = self.scores.amax(-1, keepdim=True)
         for _ in range(REFINEMENTS):
@@ -208,28 +208,28 @@ class _Rows:
             refined = (cost > theta).any(0)
             whole = refined & ((finer > theta).any(0) | (bits == 8))
             chosen = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
-            read = middle | (chosen == 8)
+            read = mid | (chosen == 8)
             if self.costs_too_much(chosen, read, value_bytes):
-                return _Keys(bits, middle, within=False)
-            bits, middle = chosen, read
+                return _Keys(bits, mid, within=False)
+            bits, mid = chosen, read
             self.refine_scores(bits)
             if bool((self.scores - top > LARGEST_SCORE_BOUND).any()):
-                return _Keys(bits, middle, within=False)
-            weights = masked_softmax(self.scores)
-        return _Keys(bits, middle, within=True)
+                return _Keys(bits, mid, within=False)
+            weights = masked_softmax(self.call, self.scores)
+        return _Keys(bits, mid, within=True)
 
-    def costs_too_much(self, bits: torch.Tensor, middle: torch.Tensor, value_bytes: int) -> bool:
+    def costs_too_much(self, bits: torch.Tensor, mid: torch.Tensor, value_bytes: int) -> bool:
         """Whether what is left to be read comes near to reading everything."""
         key, value = self.call.key, self.call.value
-        ahead = int(middle.sum()) * (padded_head_dim(key.shape[-1]) // 2)
+        ahead = int(mid.sum()) * (padded_head_dim(key.shape[-1]) // 2)
         ahead += int((bits == 16).sum()) * key.shape[-1] * key.element_size()
         return ahead + value_bytes > float(STREAM_FRACTION) * self.live * (key.shape[-1] + value.shape[-1]) * key.element_size()
 
     def value_bytes(self, bits: torch.Tensor, kept: torch.Tensor) -> int:
         """What V rows at ``bits`` take beyond their 4-bit plane."""
         value = self.call.value
-        middle, full = (int((kept & (bits == number)).sum()) for number in (8, 16))
-        return middle * (padded_head_dim(value.shape[-1]) // 2) + full * value.shape[-1] * value.element_size()
+        mid, full = (int((kept & (bits == number)).sum()) for number in (8, 16))
+        return mid * (padded_head_dim(value.shape[-1]) // 2) + full * value.shape[-1] * value.element_size()
 
     def key_cost(self, weights: torch.Tensor, bits: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """What the rows of K add to the certificate at ``bits``, ``[M, T]``."""
@@ -241,11 +241,11 @@ class _Rows:
         """Scores of rows at 8 and 16 bits."""
         call, key_dim = self.call, self.call.key.shape[-1]
         length = len(bits)
-        high = key_nibbles(self.views, self.head)[:length, :key_dim].double() - 7.5
-        high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
-        middle = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - 7.5
+        hi = key_nibbles(self.views, self.head)[:length, :key_dim].double() - NIBBLE_CENTER
+        hi -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
+        mid = unpack_row_order(self.views.key_mid[self.head, :length])[:, :key_dim].double() - NIBBLE_CENTER
         unit = self.key_scale[:, None] / CODE_RANGE
-        dots = self.query @ (high * (COARSE_STEP * unit)).T + self.first_term @ (middle * (MIDDLE_STEP * unit)).T
+        dots = self.query @ (hi * (HI_STEP * unit)).T + self.first_term @ (mid * (MID_STEP * unit)).T
         at_8 = masked_scores(call, dots * call.scale)
         whole = torch.where((bits == 16)[:, None], call.key.double(), 0.0)
         at_16 = masked_scores(call, call.query.double() @ whole.T * call.scale)
@@ -266,11 +266,11 @@ class _Rows:
     def values(self, bits: torch.Tensor) -> torch.Tensor:
         """V rows at their bits, float64 ``[T, Dv]``."""
         length, dimension = self.call.value.shape
-        high = unpack_row_order(self.views.value_hi[self.head, :length])[:, :dimension].double() - 7.5
-        high -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
-        middle = unpack_row_order(self.views.value_mid[self.head, :length])[:, :dimension].double() - 7.5
+        hi = unpack_row_order(self.views.value_hi[self.head, :length])[:, :dimension].double() - NIBBLE_CENTER
+        hi -= dither(torch.arange(length, device=self.key_scale.device)).double()[:, None]
+        mid = unpack_row_order(self.views.value_mid[self.head, :length])[:, :dimension].double() - NIBBLE_CENTER
         step = self.value_scale[:, None] / CODE_RANGE
-        planes = (high * COARSE_STEP + torch.where((bits == 4)[:, None], 0.0, middle * MIDDLE_STEP)) * step
+        planes = (hi * HI_STEP + torch.where((bits == 4)[:, None], 0.0, mid * MID_STEP)) * step
         return torch.where((bits == 16)[:, None], self.call.value.double(), planes)
 
     def certify(
@@ -290,6 +290,8 @@ class _Rows:
         d = self.score_bound(bits)
         moved = _formula("weight_error_bound")(p=weights, g=_formula("growth")(d=d))
         least = _formula("weight_least")(p=weights, d=d).sum(-1)
+        if self.call.sinks is not None:
+            least = least + (1 - weights.sum(-1))  # a row of no error, and of zeros
         return _formula("certificate")(
             V=value_errors,
             W=moved.sum(-1),
@@ -328,7 +330,7 @@ def _count(
     key, value = rows.call.key, rows.call.value
     plane_key, plane_value = padded_head_dim(key.shape[-1]) // 2, padded_head_dim(value.shape[-1]) // 2
     skipped = torch.nn.functional.pad(skippable & ~kept, (0, -len(kept) % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1)
-    key_mid, key_full = int(keys.middle.sum()), int((keys.bits == 16).sum())
+    key_mid, key_full = int(keys.mid.sum()), int((keys.bits == 16).sum())
     value_hi = int(kept.sum())
     read = rows.score_groups * SCORE_GROUP * (plane_key + SCALES_BYTES) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
     read += key_mid * plane_key + key_full * key.shape[-1] * key.element_size()

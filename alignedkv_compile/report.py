@@ -6,11 +6,13 @@ The process keeps one plain :class:`GraphReport` per graph that went through the
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .contract import Outcome, SiteReport
+from .reasons import PAGE, Reason
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +48,15 @@ class GraphReport:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data: strings, numbers, lists and dicts only."""
-        sites = [{**asdict(site), "outcome": site.outcome.value, "cache": list(site.cache)} for site in self.sites]
+        sites = [
+            {
+                **asdict(site),
+                "outcome": site.outcome.value,
+                "cache": list(site.cache),
+                "kind": None if site.kind is None else site.kind.value,
+            }
+            for site in self.sites
+        ]
         return {
             "name": self.name,
             "sites": sites,
@@ -85,6 +95,13 @@ class Report:
         """Calls with a long query: stock attention by design."""
         return sum(graph.count(Outcome.PREFILL) for graph in self.graphs)
 
+    @property
+    def reasons(self) -> dict[tuple[Reason, str], int]:
+        """How often each reason was met, over all graphs, the most frequent first."""
+        sites = [site for graph in self.graphs for site in graph.sites if site.kind is not None]
+        counts = Counter((site.kind, site.reason) for site in sites if site.kind is not None)
+        return dict(counts.most_common())
+
     def to_dict(self) -> dict[str, object]:
         """Plain data: strings, numbers, lists and dicts only."""
         counts = {name: getattr(self, name) for name in ("found", "rewritten", "declined", "prefill")}
@@ -97,6 +114,7 @@ class Report:
         for graph in self.graphs:
             lines.append(f"  {graph.name}: {_graph_summary(graph)}")
             lines += [f"    {mark} {text}" for mark, text, _ in _details(graph)]
+        lines += [f"  {text}" for text in self._why()]
         return "\n".join(lines)
 
     def __rich__(self) -> RenderableType:
@@ -111,7 +129,19 @@ class Report:
             branch = tree.add(f"[bold]{escape(graph.name)}[/]: {_graph_summary(graph)}")
             for mark, text, style in _details(graph):
                 branch.add(Text(f"{mark} {text}", style=style))
+        why = list(self._why())
+        if why:
+            branch = tree.add(Text(why[0], style="bold"))
+            for text in why[1:]:
+                branch.add(Text(text.strip(), style="yellow"))
         return tree
+
+    def _why(self) -> Iterator[str]:
+        """What was declined over all graphs, and where to read on."""
+        if self.reasons:
+            yield f"declined, over all graphs ({PAGE} says what each means and what to do):"
+        for (kind, met), times in self.reasons.items():
+            yield f"  {times} x [{kind.value}] {met}"
 
     def _summary(self) -> str:
         return (
@@ -142,6 +172,7 @@ def _details(graph: GraphReport) -> Iterator[tuple[str, str, str]]:
         style = {Outcome.REWRITTEN: "green", Outcome.PREFILL: "cyan", Outcome.DECLINED: "yellow"}[outcome]
         place = sites[0].where or sites[0].name
         text = f"{len(sites)} x {outcome.value} {shape}".rstrip() + f" (first: {place})" + (f": {reason}" if reason else "")
+        text += f" [{sites[0].kind.value}]" if sites[0].kind is not None else ""
         yield {"rewritten": "+", "prefill": ".", "declined": "-"}[outcome.value], text, style
     for text, times in graph.notes.items():
         yield "!", f"{text} ({times} calls of a layer)", "yellow"

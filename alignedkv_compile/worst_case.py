@@ -42,16 +42,16 @@ round every element by at most ``UNIT`` times the row's norm, which is at most `
 key_slack = CODE_SLACK + mixing_slack
 """Everything that float32 adds to the error of a K row, in units of its scale."""
 
-MIDDLE_REACH = sympy.Rational(15, 256)
-"""Largest value of a middle nibble, 7.5 steps, in units of the row's scale."""
+MID_REACH = sympy.Rational(15, 256)
+"""Largest value of a mid nibble, 7.5 steps, in units of the row's scale."""
 
 score_bound = s_K * (
     q_1 * (2**-b + key_slack)
     + r_1 * (sympy.Rational(15, 16) + key_slack)
-    + sympy.Piecewise((l_1 * MIDDLE_REACH, sympy.Eq(b, 8)), (0, True))
+    + sympy.Piecewise((l_1 * MID_REACH, sympy.Eq(b, 8)), (0, True))
 )
 """``d``: the int8 query times the key's error, at most half a step in every element, and the query's error times the key, whose
-elements are at most 15/16 of the scale. At 8 bits also what the middle plane leaves out: it is multiplied by the first term
+elements are at most 15/16 of the scale. At 8 bits also what the mid plane leaves out: it is multiplied by the first term
 only."""
 
 value_bound = s_V * sympy.sqrt(D) * (2**-b + CODE_SLACK)

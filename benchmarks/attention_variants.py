@@ -81,12 +81,14 @@ def make_calls(tolerance: float, accuracy: torch.dtype | None) -> dict[str, Call
     ) -> torch.Tensor:
         unit = UNIT_ROUNDOFF[accuracy or key.dtype]
         scale = key.shape[3] ** -0.5
-        return aligned_read_attention(query, key, value, planes, None, key.shape[2], scale, tolerance, unit, 1, counters, 0)
+        return aligned_read_attention(
+            query, key, value, planes, None, None, key.shape[2], scale, 0.0, tolerance, unit, 1, counters, 0
+        )
 
     def stream(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
         unit = UNIT_ROUNDOFF[key.dtype]
         scale = key.shape[3] ** -0.5
-        return aligned_read_attention(query, key, value, None, None, key.shape[2], scale, 0.0, unit, 1, counters, 1)
+        return aligned_read_attention(query, key, value, None, None, None, key.shape[2], scale, 0.0, 0.0, unit, 1, counters, 1)
 
     def repeated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         group = query.shape[1] // key.shape[1]

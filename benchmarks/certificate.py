@@ -80,7 +80,7 @@ def certified_call(tolerance: float, bounds: torch.Tensor) -> Call:
     ) -> torch.Tensor:
         unit, scale, context = UNIT_ROUNDOFF[key.dtype], key.shape[3] ** -0.5, key.shape[2]
         read = certified_read_attention.counted
-        return read(query, key, value, planes, None, context, scale, tolerance, unit, 1, bounds, counters, 0)
+        return read(query, key, value, planes, None, None, context, scale, 0.0, tolerance, unit, 1, bounds, counters, 0)
 
     return lambda p: certified(p.layer.query, p.layer.key, p.layer.value, p.planes, bounds, p.counters)
 

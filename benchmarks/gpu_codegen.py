@@ -207,8 +207,8 @@ class Call:
             key.index_copy_(2, positions, new_key)
             value.index_copy_(2, positions, new_value)
             operators.quantize_on_write.default(planes, new_key, new_value, positions, context)
-            options = (context, scale, tolerance, roundoff, 512)
-            return (operators.aligned_read_attention.default(query, key, value, planes, mask[0] if masked else None, *options),)
+            options = (mask[0] if masked else None, None, context, scale, 0.0, tolerance, roundoff, 512)
+            return (operators.aligned_read_attention.default(query, key, value, planes, *options),)
 
         if masked:
             return lambda a, b, c, d, e, f, g, h: step(a, b, c, d, e, f, g, h)

@@ -150,7 +150,8 @@ def read(tolerance: float, min_context: int | None = None) -> Call:
         scale, unit = key.shape[3] ** -0.5, UNIT_ROUNDOFF[key.dtype]
         arena = planes if tolerance > 0 else None
         least = Options(min_context=min_context).least_context(key.device, key.shape[0] * key.shape[1])
-        return aligned_read_attention.default(query, key, value, arena, None, key.shape[2], scale, tolerance, unit, least)
+        options = (None, None, key.shape[2], scale, 0.0, tolerance, unit, least)
+        return aligned_read_attention.default(query, key, value, arena, *options)
 
     return torch.compile(call, fullgraph=True)
 
@@ -222,7 +223,7 @@ def bytes_share(inputs: Inputs, plan: Plan) -> float:
     query, key, value, planes = inputs
     counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64, device=key.device)
     least = Options(min_context=plan.min_context).least_context(key.device, key.shape[0] * key.shape[1])
-    options = (None, key.shape[2], key.shape[3] ** -0.5, plan.tolerance, UNIT_ROUNDOFF[key.dtype], least)
+    options = (None, None, key.shape[2], key.shape[3] ** -0.5, 0.0, plan.tolerance, UNIT_ROUNDOFF[key.dtype], least)
     torch.compile(aligned_read_attention.counted, fullgraph=True)(query, key, value, planes, *options, counters, 0)
     counted = dict(zip(COUNTER_FIELDS, counters[0].tolist(), strict=True))
     return counted["bytes_read"] / counted["bytes_full"]

@@ -109,7 +109,7 @@ def _added(layers: Layers, tolerance: float, read: Callable[..., torch.Tensor]) 
         ops.quantize_on_write(planes, key, value, torch.arange(rows), rows)
         mark(planes, valid=True)
         scale, roundoff = key.shape[3] ** -0.5, UNIT_ROUNDOFF[key.dtype]
-        output = read(query.float(), key, value, planes, None, rows, scale, tolerance, roundoff, 0)
+        output = read(query.float(), key, value, planes, None, None, rows, scale, 0.0, tolerance, roundoff, 0)
         errors.append(relative_error(output, exact_attention(query, key, value, scale)).flatten() / (float(KAPPA) * roundoff))
     return torch.stack(errors)
 

@@ -123,8 +123,8 @@ def read(function: Callable[..., torch.Tensor], layer: dict[str, torch.Tensor], 
         planes = to_row_order(planes, layout)
     counters = torch.zeros(1, len(ops.COUNTER_FIELDS), dtype=torch.int64)
     with watched() as loads:
-        scale = key.shape[3] ** -0.5
-        function(query, key, value, planes, None, key.shape[2], scale, tolerance, UNIT_ROUNDOFF[key.dtype], 512, counters, 0)
+        options = (None, None, key.shape[2], key.shape[3] ** -0.5, 0.0, tolerance, UNIT_ROUNDOFF[key.dtype], 512)
+        function(query, key, value, planes, *options, counters, 0)
     ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (key, value, planes)]
     stated = int(counters[0, ops.COUNTER_FIELDS.index("bytes_read")])
     return [loads.distinct(ranges), loads.distinct(), loads.added_up()], stated

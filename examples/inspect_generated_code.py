@@ -44,7 +44,9 @@ def generated_cpp() -> str:
     planes = torch.zeros(arena_layout(key, value).total, dtype=torch.uint8)
 
     def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
-        return ops.aligned_read_attention.default(query, key, value, planes, None, 1024, 128**-0.5, 2.0, 2.0**-8, 512)
+        return ops.aligned_read_attention.default(
+            query, key, value, planes, None, None, 1024, 128**-0.5, 0.0, 2.0, 2.0**-8, 512
+        )
 
     with torch._inductor.config.patch(post_grad_custom_post_pass=post_grad_pass("example"), fx_graph_cache=False):
         _, sources = run_and_get_code(torch.compile(layer, fullgraph=True), query, key, value, planes)

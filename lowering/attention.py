@@ -9,12 +9,14 @@ from typing import Any
 import sympy
 import torch
 
-from .. import layout, ops, precision, worst_case
+from .. import layout, ops, worst_case
 from ..inductor_private import V, ir, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
+from .constants import SHARED, option_constants, print_cpp
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
-from .isa import chosen_isa
+from .formulas import certified_formulas, policy_formulas
+from .vectors import vector_header
 
 MAX_THREADS = 256
 """Threads that share one call; more would only wait for each other."""
@@ -29,6 +31,7 @@ class Constants:
     group: int
     query_rows: int
     scale: float
+    softcap: float
     tolerance: float
     unit_roundoff: float
     min_context: int
@@ -52,15 +55,23 @@ class ReadAttention(Template):
         mask_strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
         sizes = [*key.get_size()[:3], constants.length, *query.get_stride(), *key.get_stride()[:3]]
         sizes += [*value.get_stride()[:3], *mask_strides]
+        sinks = nodes.get("sinks")
+        if sinks is not None:
+            sizes.append(sinks.get_stride()[0])
         definition, aliases = self.definition(kernel, nodes, output, sizes)
         if "counters" in nodes:
             kernel.add_integer(constants.site, "site")
         certified = "bounds" in nodes
         text = kernel.size_expression
-        isa = chosen_isa()
         has_planes = "planes" in nodes
         mask_type = kernel.dtype(mask) if mask is not None else None
-        shared = {"layout": layout, "isa": isa, "max_threads": MAX_THREADS, "mask_type": mask_type}
+        shared = {
+            "layout": layout,
+            "max_threads": MAX_THREADS,
+            "mask_type": mask_type,
+            "sinks_type": kernel.dtype(sinks) if sinks is not None else None,
+            "softcap": f"{constants.softcap:.9e}f" if constants.softcap > 0 else None,
+        }
         common = render(
             "attention_common.h.jinja",
             query_type=kernel.dtype(query),
@@ -68,14 +79,15 @@ class ReadAttention(Template):
             group=constants.group,
             query_rows=constants.query_rows,
             scale=f"{constants.scale:.9e}f",
-            mask_type=mask_type,
             mask_floor=f"{mask_minimum(mask):.9e}f",
             mask_shared=mask_strides[1] == 0,
+            **shared,
         )
         return render(
             "aligned_read_attention.cpp.jinja",
             includes=self.includes(),
-            simd=render("simd.h.jinja", **shared),
+            constants=print_cpp(SHARED),
+            vectors=vector_header(),
             arena=arena_header(constants.key_dim, constants.value_dim),
             common=common,
             stream=render("stream.h.jinja", **shared),
@@ -96,6 +108,7 @@ class ReadAttention(Template):
             key_strides=[text(s) for s in key.get_stride()[:3]],
             value_strides=[text(s) for s in value.get_stride()[:3]],
             mask_strides=[text(s) for s in mask_strides],
+            sinks_stride=text(sinks.get_stride()[0]) if sinks is not None else "",
             **shared,
         )
 
@@ -110,110 +123,20 @@ def _broadcast_strides(mask: ir.IRNode) -> list[sympy.Expr]:
 
 
 def mask_minimum(mask: ir.IRNode | None) -> float:
-    """At or below half of the dtype's minimum a floating mask prohibits."""
-    if mask is None or mask.get_dtype() == torch.bool:
-        return 0.0
-    return torch.finfo(mask.get_dtype()).min / 2
+    """At or below it a floating mask prohibits."""
+    return 0.0 if mask is None or mask.get_dtype() == torch.bool else ops.mask_floor(mask.get_dtype())
 
 
 def _read_planes(constants: Constants, shared: Mapping[str, object], element_size: int, *, certified: bool) -> str:
     """The read of one head's planes."""
-    if not certified:
-        return render(
-            "aligned_read.h.jinja",
-            formulas=_formulas(constants, element_size),
-            query_terms=precision.QUERY_TERMS,
-            term_ratio=precision.TERM_RATIO,
-            **shared,
-        )
-    return render(
-        "certified_read.h.jinja",
-        formulas=_certified_formulas(constants),
-        query_terms=precision.QUERY_TERMS,
-        term_ratio=precision.TERM_RATIO,
-        refinements=worst_case.REFINEMENTS,
-        ladder=worst_case.LADDER,
-        value_tile=worst_case.VALUE_TILE,
-        **shared,
+    options = option_constants(constants.tolerance, constants.unit_roundoff, constants.min_context)
+    formulas = (
+        certified_formulas(constants.key_dim, constants.value_dim)
+        if certified
+        else policy_formulas(constants.key_dim, constants.value_dim, element_size)
     )
-
-
-def _option_constants(constants: Constants) -> list[str]:
-    """The call's options, and the limits of both reads, as C++."""
-    return [
-        f"constexpr float ALPHA = {constants.tolerance:.9e}f, ROUNDOFF = {constants.unit_roundoff:.9e}f;",
-        f"constexpr float LARGEST_SHIFT = {float(precision.LARGEST_SHIFT)}f;",
-        f"constexpr float STREAM_FRACTION = {float(precision.STREAM_FRACTION):.9e}f;",
-        f"constexpr float MIN_NORM = {precision.NORM_RANGE[0]:.9e}f, MAX_NORM = {precision.NORM_RANGE[1]:.9e}f;",
-        f"constexpr int64_t MIN_CONTEXT = {constants.min_context};",
-    ]
-
-
-def _certified_formulas(constants: Constants) -> str:
-    """The certificate as C++ functions and constants."""
-
-    def scalar(function: str, name: str, *arguments: str, **values: float) -> str:
-        return precision.print_cpp_function(function, name, arguments, values, worst_case.WORST_CASE)
-
-    def vector(name: str, *arguments: str) -> str:
-        return precision.print_cpp_vector_function(name, name, arguments, worst_case.WORST_CASE)
-
-    value_bound = worst_case.value_bound.subs({worst_case.s_V: 1, worst_case.D: constants.value_dim})
-    numbers = {
-        "VALUE_BOUND_4": value_bound.subs(worst_case.b, 4),
-        "VALUE_BOUND_8": value_bound.subs(worst_case.b, 8),
-        "QUERY_SLACK": worst_case.query_slack(constants.key_dim),
-        "SUM_SLACK": worst_case.SUM_SLACK,
-        "FLOAT_SLACK": worst_case.FLOAT_SLACK,
-        "SMALLEST_SCALE": worst_case.SMALLEST_SCALE,
-        "LARGEST_SCORE_BOUND": worst_case.LARGEST_SCORE_BOUND,
-        **{f"{name.upper()}_SHARE": share for name, share in worst_case.SHARES.items()},
-    }
-    return "\n".join(
-        [
-            scalar("score_bound_4", "score_bound", "l_1", "q_1", "r_1", "s_K", b=4, D_K=constants.key_dim),
-            scalar("score_bound_8", "score_bound", "l_1", "q_1", "r_1", "s_K", b=8, D_K=constants.key_dim),
-            scalar("worst_case_budget", "worst_case_budget", "R", "alpha", "u"),
-            scalar("certificate", "certificate", "A", "R", "V", "W", "W_v"),
-            vector("skipped_value_bound", "m", "v"),
-            vector("growth", "d"),
-            vector("key_addend", "R", "g", "p", "v"),
-            vector("weight_error_bound", "g", "p"),
-            vector("weight_least", "d", "p"),
-            vector("weight_slack", "x"),
-            *(f"constexpr float {name} = {float(number):.9e}f;" for name, number in numbers.items()),
-            *_option_constants(constants),
-        ]
-    )
-
-
-def _formulas(constants: Constants, element_size: int) -> str:
-    """The error model as C++ functions and constants."""
-    value_coefficient = {bits: precision.evaluate("value_coefficient", b=bits, D=constants.value_dim) for bits in (4, 8)}
-    arena = layout.ArenaLayout(1, 1, constants.key_dim, constants.value_dim)
-    middle_key, middle_value = precision.middle_ratios(arena, element_size)
-    functions = [
-        precision.print_cpp_function("error_budget", "budget", ("alpha", "R", "u")),
-        precision.print_cpp_function("skip_threshold", "skip_threshold", ("B", "N", "P_v", "n", "theta_4")),
-        precision.print_cpp_function(
-            "addend_sum", "addend_sum", ("P_sK", "P_sKv", "P_sV", "R", "q"), {"D": constants.value_dim}
-        ),
-        precision.print_cpp_function("threshold", "threshold", ("B", "E", "N")),
-        precision.print_cpp_function("remaining_budget", "remaining_budget", ("B", "left")),
-        precision.print_cpp_vector_function("weight_error_factor", "weight_error_factor", ("x",)),
-        precision.print_cpp_function("key_coefficient_4", "key_coefficient", ("q",), {"b": 4}),
-        precision.print_cpp_function("key_coefficient_8", "key_coefficient", ("q",), {"b": 8}),
-        precision.print_cpp_function(
-            "predicted_bytes",
-            "predicted_bytes",
-            ("plane_K", "plane_V", "row_K", "row_V", "rows_K", "rows_K8", "rows_V", "rows_V4", "rows_V8"),
-        ),
-        f"constexpr float VALUE_COEFFICIENT_4 = {value_coefficient[4]:.9e}f;",
-        f"constexpr float VALUE_COEFFICIENT_8 = {value_coefficient[8]:.9e}f;",
-        f"constexpr float KEY_MIDDLE_RATIO = {middle_key:.9e}f, VALUE_MIDDLE_RATIO = {middle_value:.9e}f;",
-        *_option_constants(constants),
-    ]
-    return "\n".join(functions)
+    template = "certified_read.h.jinja" if certified else "aligned_read.h.jinja"
+    return render(template, formulas=f"{print_cpp(options)}\n{formulas}", **shared)
 
 
 def _lower(
@@ -222,8 +145,10 @@ def _lower(
     value: ir.TensorBox,
     planes: ir.TensorBox | None,
     mask: ir.TensorBox | None,
+    sinks: ir.TensorBox | None,
     length: sympy.Expr,
     scale: float,
+    softcap: float,
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
@@ -241,6 +166,7 @@ def _lower(
         group=static(query_heads) // static(key.get_size()[1]),
         query_rows=static(query_rows),
         scale=scale,
+        softcap=softcap,
         tolerance=tolerance,
         unit_roundoff=unit_roundoff,
         min_context=min_context,
@@ -251,8 +177,9 @@ def _lower(
     worthwhile = tolerance > 0 if bounds is None else tolerance * unit_roundoff >= worst_case.FINEST_BUDGET
     if planes is not None and worthwhile:
         inputs["planes"] = realize(planes, contiguous_last=False)
-    if mask is not None:
-        inputs["mask"] = realize(mask, contiguous_last=False)
+    for name, tensor in (("mask", mask), ("sinks", sinks)):
+        if tensor is not None:
+            inputs[name] = realize(tensor, contiguous_last=False)
     for name, tensor in (("bounds", bounds), ("counters", counters)):
         if tensor is not None:
             inputs[name] = realize(tensor, contiguous_last=False)
@@ -284,7 +211,14 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
         )
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
-    settings = Settings(constants.scale, constants.tolerance, constants.unit_roundoff, constants.min_context, constants.length)
+    settings = Settings(
+        scale=constants.scale,
+        softcap=constants.softcap,
+        tolerance=constants.tolerance,
+        unit_roundoff=constants.unit_roundoff,
+        min_context=constants.min_context,
+        length=constants.length,
+    )
     attention = {name: node for name, node in inputs.items() if name != "counters"}
     read = Read(attention, strides, mask_minimum(mask), settings)
     result = read.read(output)

@@ -17,6 +17,7 @@ import sympy
 import torch
 
 from ..inductor_private import CppTemplate, CppTemplateKernel, Placeholder, cexpr_index, ir, parallel_num_threads
+from .isa import chosen_target
 
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -119,11 +120,10 @@ class Template(CppTemplate):
             #include <optional>
             #include <type_traits>
             #include <vector>
-            #if defined(__x86_64__)
-            #include <immintrin.h>
-            #endif
             """
         )
+        if include := chosen_target().include:
+            header.writeline(f"#include <{include}>")
         return str(header.getvalue())
 
 

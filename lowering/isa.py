@@ -1,8 +1,11 @@
-"""Which instruction set the generated C++ is written for."""
+"""Which instruction set the generated C++ is written for: one table, and a header each under ``simd/``."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,17 +14,45 @@ from ..errors import OptionValueError
 ENVIRONMENT_VARIABLE = "ALIGNEDKV_CPU_ISA"
 """Set to one of :data:`CHOICES` to force an instruction set (for tests and comparisons)."""
 
-CHOICES = ("avx512", "avx2", "portable")
+
+@dataclass(frozen=True)
+class Target:
+    """An instruction set.
+
+    Attributes:
+        lanes: floats of a vector; 8 or 16.
+        headers: files of ``simd/``, which together define what ``simd/portable.h`` describes.
+        capabilities: what ``torch.cpu.get_capabilities`` must say of a machine that runs it.
+        include: the compiler's header for its intrinsics.
+    """
+
+    lanes: int
+    headers: tuple[str, ...]
+    capabilities: tuple[str, ...] = ()
+    include: str = ""
+
+    def text(self) -> str:
+        """Its C++."""
+        folder = Path(__file__).parent / "simd"
+        return "\n".join((folder / name).read_text() for name in self.headers)
+
+
+TARGETS: Mapping[str, Target] = {
+    "avx512": Target(
+        16, ("avx512.h",), ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"), include="immintrin.h"
+    ),
+    "avx2": Target(8, ("avx2.h", "narrow.h"), ("avx2", "fma3"), include="immintrin.h"),
+    "portable": Target(8, ("portable.h", "narrow.h")),
+}
+"""The instruction sets, best first; the last runs on every machine."""
+
+CHOICES = tuple(TARGETS)
 
 
 def machine_isa() -> str:
-    """The best of :data:`CHOICES` that this machine runs: AVX-512 with VNNI, AVX2, or portable vector extensions."""
+    """The first of :data:`TARGETS` that this machine runs."""
     capabilities = torch.cpu.get_capabilities()
-    if all(capabilities.get(name) for name in ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")):
-        return "avx512"
-    if all(capabilities.get(name) for name in ("avx2", "fma3")):
-        return "avx2"
-    return "portable"
+    return next(name for name, target in TARGETS.items() if all(map(capabilities.get, target.capabilities)))
 
 
 def chosen_isa() -> str:
@@ -36,3 +67,8 @@ def chosen_isa() -> str:
     if forced not in CHOICES:
         raise OptionValueError(ENVIRONMENT_VARIABLE, forced, f"one of {', '.join(CHOICES)}")
     return forced
+
+
+def chosen_target() -> Target:
+    """What :func:`chosen_isa` stands for."""
+    return TARGETS[chosen_isa()]

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import sympy
 
-from .. import layout, ops
+from .. import ops
 from ..inductor_private import V, ir, register_lowering
 from ..torch_private import generates_triton
 from .arena_text import arena_header
+from .constants import SHARED, print_cpp
 from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render
-from .isa import chosen_isa
+from .vectors import vector_header
 
 
 class QuantizeOnWrite(Template):
@@ -31,10 +32,9 @@ class QuantizeOnWrite(Template):
         return render(
             "quantize_on_write.cpp.jinja",
             includes=self.includes(),
-            simd=render("simd.h.jinja", isa=chosen_isa(), layout=layout),
+            constants=print_cpp(SHARED),
+            vectors=vector_header(),
             arena=arena_header(self.key_dim, self.value_dim),
-            layout=layout,
-            headroom=f"{layout.HEADROOM:.9e}f",
             element=kernel.dtype(key),
             definition=definition,
             aliases=aliases,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -111,6 +111,13 @@ class GraphEditor:
         while node.name in self.replaced:
             node = self.replaced[node.name]  # type: ignore[assignment]
         return node
+
+    def erase_unused(self, nodes: Iterable[Node]) -> None:
+        """Remove those of some nodes that nothing uses, once what they feed is gone."""
+        candidates = set(nodes)
+        for node in reversed(list(self.graph.nodes)):
+            if node in candidates and not node.users:
+                self.erase(node)
 
     def erase(self, node: Node) -> None:
         """Remove a node that has no users left."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from alignedkv_compile.reasons import Reason
+
 from .attention import attention_calls
 from .nodes import Declined, fake, mutated_by, operation, storage_of, tensor_of, tensors_of
 from .records import AttentionCall
@@ -70,17 +72,19 @@ class GraphFacts:
             Declined: naming the other input.
         """
         if not fake(cache).stride(3) == 1 and fake(cache).shape[3] != 1:
-            raise Declined(f"the last dimension of {name} is not contiguous")
+            raise Declined(Reason.MEMORY, f"the last dimension of {name} is not contiguous")
         others = [other for other in self.placeholders if other is not cache and self.shares_storage(cache, other)]
         if others:
-            raise Declined(f"{name} shares its storage with another input ({others[0].name})")
+            raise Declined(Reason.MEMORY, f"{name} shares its storage with another input ({others[0].name})")
 
     def attention_over(self, operand: Node, reader: Node) -> Node | None:
         """The attention call that a node belongs to, if it reads ``operand`` as that call's K or V and as nothing else."""
         for call in self.calls:
-            if reader is call.scores and operand is call.key and operand not in (call.query, call.mask):
+            if operand in call.operands:
+                continue
+            if reader is call.scores and operand is call.key:
                 return call.node
-            if reader is call.node and operand is call.value and operand not in (call.query, call.mask):
+            if reader is call.node and operand is call.value:
                 return call.node
         return None
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
+
 from .attention import check_certifiable
 from .caches import KINDS
 from .caches.kind import CandidateCall
@@ -48,7 +50,8 @@ def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
     for call in facts.calls:
         if tensor_of(call.key) is None or tensor_of(call.value) is None:
             continue
-        candidate = CandidateCall(call, fold(call.key), fold(call.value), len(sites) + len(declined))  # type: ignore[arg-type]
+        key, value = fold(call.key, call.key_axes), fold(call.value, call.value_axes)  # type: ignore[arg-type]
+        candidate = CandidateCall(call, key, value, len(sites) + len(declined))
         try:
             site = _site(candidate, facts)
             if certified and site is not None:
@@ -56,7 +59,7 @@ def find_sites(facts: GraphFacts, *, certified: bool) -> Findings:
         except Declined as refusal:
             bases = (candidate.key.base, candidate.value.base)
             caches = refusal.caches or tuple(cache for base in bases if (cache := _cache_behind(base, facts)) is not None)
-            declined.append(DeclinedSite(candidate.index, call.node, call.query, caches, str(refusal)))
+            declined.append(DeclinedSite(candidate.index, call.node, call.query, caches, refusal.reason, str(refusal)))
         else:
             if site is not None:
                 sites.append(site)
@@ -72,14 +75,16 @@ def _site(candidate: CandidateCall, facts: GraphFacts) -> AttentionSite | None:
     kinds = [next((kind for kind in KINDS if kind.claims(base, facts)), None) for base in bases]
     if kinds[0] is not None and kinds[0] is kinds[1]:
         if not facts.inference_only:
-            raise Declined("an input requires grad while grad mode is on: the backend is for inference only")
+            raise Declined(Reason.GRADIENTS, "an input requires grad while grad mode is on: the backend is for inference only")
+        if candidate.call.refusal:
+            raise Declined(Reason.WEIGHTS_READ, candidate.call.refusal)
         return kinds[0].site(candidate, facts)
     for base, kind in zip(bases, kinds, strict=True):
         cache = None if kind is not None else _cache_behind(base, facts)
         if cache is not None and not facts.is_cache_input(base):
-            raise Declined(_detour(base, cache, facts))
+            raise Declined(Reason.REARRANGED, _detour(base, cache, facts))
     if kinds != [None, None] and any(facts.writers(base) or facts.is_returned(base) for base in bases):
-        raise Declined("K and V come from different kinds of cache, or one of them from none")
+        raise Declined(Reason.MIXED_CACHES, "K and V come from different kinds of cache, or one of them from none")
     return None
 
 

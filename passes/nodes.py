@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.torch_private import (
     HigherOrderOperator,
     OpOverload,
@@ -63,14 +64,16 @@ _INPLACE_OPERATORS = frozenset(
 
 
 class Declined(Exception):  # noqa: N818 - control flow inside the finders, never seen by a user
-    """A finder's refusal; ``str()`` of it is the reason that the report shows.
+    """A finder's refusal; ``str()`` of it is what the report says was met.
 
     Attributes:
+        reason: the kind.
         caches: whose use is refused, if the finder knows better than what the operands lead back to.
     """
 
-    def __init__(self, reason: str, caches: tuple[Node, ...] = ()) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: Reason, met: str, caches: tuple[Node, ...] = ()) -> None:
+        super().__init__(met)
+        self.reason = reason
         self.caches = caches
 
 
@@ -121,7 +124,7 @@ def constant(size: object) -> int:
         Declined: the size depends on data.
     """
     if depends_on_data(size):
-        raise Declined("a head count or head dimension depends on data")
+        raise Declined(Reason.LENGTH, "a head count or head dimension depends on data")
     return int(size)  # type: ignore[call-overload]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
+
 from .caches import KINDS
 from .caches.kind import CachePair
 from .facts import GraphFacts
@@ -23,7 +25,7 @@ def pair_caches(findings: Findings, facts: GraphFacts) -> Pairing:
             try:
                 pair = kind.pair(sites, facts)
             except Declined as refusal:
-                declined.extend(_decline(sites, str(refusal)))
+                declined.extend(_decline(sites, refusal.reason, str(refusal)))
                 continue
             if pair is None:
                 untouched.extend(sites)
@@ -40,13 +42,15 @@ def _groups(sites: Iterable[AttentionSite], declined: list[DeclinedSite]) -> lis
     consistent: list[Sequence[AttentionSite]] = []
     for pair, members in groups.items():
         if any(other != pair and set(other) & set(pair) for other in groups):
-            declined.extend(_decline(members, "the K cache is paired with two different V caches, or V with two K"))
+            met = "the K cache is paired with two different V caches, or V with two K"
+            declined.extend(_decline(members, Reason.MIXED_CACHES, met))
         else:
             consistent.append(members)
     return consistent
 
 
-def _decline(sites: Iterable[AttentionSite], reason: str) -> list[DeclinedSite]:
+def _decline(sites: Iterable[AttentionSite], reason: Reason, met: str) -> list[DeclinedSite]:
     return [
-        DeclinedSite(site.index, site.attention, site.query, (site.key.source, site.value.source), reason) for site in sites
+        DeclinedSite(site.index, site.attention, site.query, (site.key.source, site.value.source), reason, met)
+        for site in sites
     ]

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import torch.fx
 
 from alignedkv_compile.contract import Outcome
+from alignedkv_compile.reasons import Reason
+
+from .views import PLAIN, Order
 
 if TYPE_CHECKING:
     from .caches.kind import CacheKind, CachePair
@@ -37,6 +40,23 @@ class CacheOperand:
 
 
 @dataclass(frozen=True)
+class MaskTerm:
+    """A mask or bias of the scores.
+
+    Attributes:
+        node: what the graph has for it; a tensor if the call can be rewritten.
+        prohibits: True in a bool mask prohibits a row (``masked_fill``) rather than attends to it.
+        folded: it has batch and heads in one dimension.
+        factor: what a floating one is multiplied by.
+    """
+
+    node: object
+    prohibits: bool = False
+    folded: bool = False
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One cached attention call that may be rewritten.
 
@@ -47,7 +67,7 @@ class AttentionSite:
         outcome: ``REWRITTEN``, or ``PREFILL`` when the query is too long (the attention itself is then left alone).
         query: node of ``[B, Hq, Q, Dk]``, or of the same with batch and heads folded into one dimension.
         key, value: the cache operands.
-        mask: node or None.
+        masks: the call's, once they are known to be tensors that fit.
         scale: the factor on the scores; SDPA's default ``1/sqrt(Dk)`` is filled in.
         query_rows: ``Q``; the example's value where the graph is symbolic in it (PREFILL only).
     """
@@ -59,7 +79,7 @@ class AttentionSite:
     query: torch.fx.Node
     key: CacheOperand
     value: CacheOperand
-    mask: torch.fx.Node | None
+    masks: tuple[MaskTerm, ...]
     scale: float
     query_rows: int
 
@@ -79,11 +99,17 @@ class AttentionCall:
     Attributes:
         node: what the call computes.
         scores: the node that multiplies query and key; ``node`` itself where one operation does everything.
-        query, key, value: its operands, as they enter the products.
-        mask: bool (True attends) or floating (added), or None.
+        query, key, value: its operands, as they enter the products; ``[B, H, ...]``, or ``[B * H, ...]`` when ``folded``.
+        masks: what is added to the scores or prohibits rows.
         dropout: probability; anything but 0 is declined.
         is_causal, enable_gqa: as ``scaled_dot_product_attention`` takes them.
         scale: None for ``1/sqrt(Dk)``.
+        softcap: 0 for none.
+        sinks: node of ``[Hq]``, or None.
+        folded: whether batch and heads are one dimension.
+        key_axes, value_axes: how the operands are laid out, see :mod:`.views`.
+        inner: nodes between the operands and ``node``, which go when it does.
+        refusal: why the call cannot be rewritten whatever it reads, or "".
     """
 
     node: torch.fx.Node
@@ -91,11 +117,23 @@ class AttentionCall:
     query: object
     key: object
     value: object
-    mask: object
+    masks: tuple[MaskTerm, ...]
     dropout: object
     is_causal: object
     scale: object
     enable_gqa: object
+    softcap: float = 0.0
+    sinks: torch.fx.Node | None = None
+    folded: bool = False
+    key_axes: Order = PLAIN
+    value_axes: Order = PLAIN
+    inner: frozenset[torch.fx.Node] = frozenset()
+    refusal: str = ""
+
+    @property
+    def operands(self) -> frozenset[object]:
+        """Everything but K and V that the call reads."""
+        return frozenset([self.query, self.sinks, *(term.node for term in self.masks)])
 
 
 @dataclass(frozen=True)
@@ -107,14 +145,16 @@ class DeclinedSite:
         node: the attention node, or the first reader of the cache.
         query: the call's query, if there is a call.
         caches: the nodes of K's and V's sources, as far as they are known.
-        reason: one phrase for the report.
+        reason: the kind.
+        met: one phrase for the report.
     """
 
     index: int
     node: torch.fx.Node
     query: object
     caches: tuple[torch.fx.Node, ...]
-    reason: str
+    reason: Reason
+    met: str
 
 
 @dataclass(frozen=True)

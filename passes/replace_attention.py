@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +15,7 @@ from alignedkv_compile.ops import aligned_read_attention, certified_read_attenti
 from alignedkv_compile.torch_private import OpOverload
 
 from .editor import GraphEditor
-from .nodes import example_size, fake, same
+from .nodes import constant, example_size, fake, same
 from .records import AttentionSite
 
 
@@ -85,11 +86,46 @@ class CacheRead:
 
 
 def mask_of(site: AttentionSite, editor: GraphEditor) -> Node | None:
-    """A site's mask with four dimensions."""
-    mask = None if site.mask is None else editor.current(site.mask)
-    while mask is not None and fake(mask).dim() < 4:
+    """A site's masks as one of four dimensions: bool (True attends) or floating (added)."""
+    attends: Node | None = None
+    bias: Node | None = None
+    for term in site.masks:
+        assert isinstance(term.node, Node)
+        mask = _four_dimensional(editor.current(term.node), term.folded, site, editor)
+        if fake(mask).dtype == torch.bool:
+            mask = editor.method("logical_not", mask) if term.prohibits else mask
+            attends = mask if attends is None else editor.method("logical_and", attends, mask)
+        else:
+            mask = _scaled(mask, term.factor, editor)
+            bias = mask if bias is None else editor.function(operator.add, bias, mask)
+    if attends is None or bias is None:
+        return attends if bias is None else bias
+    least = torch.finfo(fake(bias).dtype).min
+    return editor.method("masked_fill", bias, editor.method("logical_not", attends), least)
+
+
+def _scaled(mask: Node, factor: float, editor: GraphEditor) -> Node:
+    """A floating mask times a number; what prohibits stays what it is, so that the read knows it."""
+    if factor == 1:
+        return mask
+    prohibited = editor.method("le", mask, torch.finfo(fake(mask).dtype).min / 2)
+    return editor.function(torch.where, prohibited, mask, editor.function(operator.mul, mask, factor))
+
+
+def _four_dimensional(mask: Node, folded: bool, site: AttentionSite, editor: GraphEditor) -> Node:
+    if folded and fake(mask).dim() == 3 and not same(fake(mask).shape[0], 1):
+        batch = editor.size(site.key.source, 0)
+        return editor.method("unflatten", mask, 0, (batch, -1))
+    while fake(mask).dim() < 4:
         mask = editor.method("unsqueeze", mask, 0)
     return mask
+
+
+def query_heads(site: AttentionSite) -> int:
+    """``Hq`` of a rewritten site."""
+    if site.call.folded:
+        return constant(fake(site.key.source).shape[1]) * site.key.repeats
+    return constant(fake(site.query).shape[1])
 
 
 def replace_attention(
@@ -107,28 +143,36 @@ def replace_attention(
     original = fake(site.attention)
     with editor.before(site.attention, site.attention):
         reads = read(site, editor)
+        query = editor.current(site.query)
+        if site.call.folded:
+            query = editor.method("unflatten", query, 0, (editor.size(site.key.source, 0), -1))
+        sinks = None if site.call.sinks is None else editor.current(site.call.sinks)
         result = editor.function(
             statistics.operator,
-            editor.current(site.query) if reads.query is None else reads.query,
+            query if reads.query is None else reads.query,
             reads.key,
             reads.value,
             reads.planes,
             reads.mask,
+            sinks,
             length=reads.length,
             scale=site.scale,
+            softcap=site.call.softcap,
             tolerance=float(options.tolerance),
             unit_roundoff=options.unit_roundoff(fake(reads.key).dtype),
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )
         result = result if reads.finish is None else reads.finish(result)
+        if fake(result).dtype != original.dtype:
+            result = editor.method("to", result, original.dtype)
+        if site.call.folded:
+            result = editor.method("flatten", result, 0, 1)
         result = _with_strides_of(original, result, editor)
     result.meta["tensor_meta"] = site.attention.meta.get("tensor_meta")
     editor.replace(site.attention, result)
-    for operand in (site.key, site.value):
-        for node in reversed(operand.chain):
-            if not node.users:
-                editor.erase(node)
+    editor.erase_unused(site.call.inner)
+    editor.erase_unused((*site.key.chain, *site.value.chain))
 
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
@@ -145,8 +189,8 @@ def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) 
     if _same_layout(original, fake(result)):
         return result
     strides = [example_size(stride) for stride in original.stride()]
-    order = sorted(range(4), key=strides.__getitem__, reverse=True)
-    inverse = [order.index(dim) for dim in range(4)]
+    order = sorted(range(original.dim()), key=strides.__getitem__, reverse=True)
+    inverse = [order.index(dim) for dim in range(original.dim())]
     permuted = editor.method("permute", result, *order)
     dense = editor.method("contiguous", permuted)
     return editor.method("permute", dense, *inverse)

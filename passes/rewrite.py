@@ -15,9 +15,9 @@ from alignedkv_compile.torch_private import detect_fake_mode
 
 from .caches.kind import Positions, RewrittenPair
 from .editor import GraphEditor
-from .nodes import constant, fake
+from .nodes import fake
 from .records import Pairing
-from .replace_attention import AlignmentOptions, StatisticsInputs
+from .replace_attention import AlignmentOptions, StatisticsInputs, query_heads
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     inputs = tuple(node for node in module.graph.nodes if node.op == "placeholder")
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
     editor = GraphEditor(module)
-    query_heads = _query_heads(pairing, sites)
-    statistics = _statistics_inputs(editor, pairing, query_heads, options)
+    heads = _query_heads(pairing, sites)
+    statistics = _statistics_inputs(editor, pairing, heads, options)
     rewritten = [pair.rewrite(number, editor, options, statistics) for number, pair in enumerate(pairing.pairs)]
     pairs = tuple(pair for pair in rewritten if pair is not None)
-    return Rewriting(editor, inputs, outputs, pairs, statistics, query_heads)
+    return Rewriting(editor, inputs, outputs, pairs, statistics, heads)
 
 
 def _query_heads(pairing: Pairing, sites: int) -> tuple[int, ...]:
-    heads = {site.index: constant(fake(site.query).shape[1]) for site in pairing.rewritten}
+    heads = {site.index: query_heads(site) for site in pairing.rewritten}
     return tuple(heads.get(index, 0) for index in range(sites))
 
 

@@ -58,7 +58,8 @@ def _declined_line(site: DeclinedSite) -> SiteReport:
         where=_where(site.node),
         cache=tuple(cache.name for cache in site.caches),
         shape=", ".join(shapes),
-        reason=site.reason,
+        reason=site.met,
+        kind=site.reason,
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
+
 from .caches import KINDS
 from .caches.kind import WrittenCache
 from .facts import GraphFacts
@@ -48,17 +50,18 @@ def _in_pairs(caches: list[WrittenCache]) -> list[list[WrittenCache]]:
 
 def _decline(group: list[WrittenCache], writes: Mapping[Node, Node], index: int, facts: GraphFacts) -> DeclinedSite:
     sources = tuple(cache.source for cache in group)
-    reason = next((cache.reason for cache in group if cache.reason), "")
     readers = [
         reader
         for cache in group
         for reader in _readers(cache, facts)
         if facts.order[reader] > facts.order[writes[cache.source]]
     ]
-    if reason or not readers:
-        return DeclinedSite(index, group[0].rows, None, sources, reason or "no attention of this graph reads the cache")
-    first = min(readers, key=facts.order.__getitem__)
-    return DeclinedSite(index, first, None, sources, f"cache read by {operation(first)}, which is no known form of attention")
+    if not readers:
+        met, first = "no attention of this graph reads the cache", group[0].rows
+    else:
+        first = min(readers, key=facts.order.__getitem__)
+        met = f"cache read by {operation(first)}, which is no known form of attention"
+    return DeclinedSite(index, first, None, sources, Reason.UNKNOWN_ATTENTION, met)
 
 
 def _readers(cache: WrittenCache, facts: GraphFacts) -> list[Node]:

@@ -89,7 +89,8 @@ class _Name(str):
 
 
 def _check_removed(before: GraphSnapshot, pairing: Pairing, editor: GraphEditor) -> None:
-    allowed = {site.attention.name for site in pairing.rewritten}.union(*(one.removed for one in before.expected))
+    allowed = {node.name for site in pairing.rewritten for node in (site.attention, *site.call.inner)}
+    allowed |= frozenset[str]().union(*(one.removed for one in before.expected))
     for name in editor.removed:
         if name not in allowed:
             raise GraphVerificationError(f"{name} was removed, though no record speaks of it")

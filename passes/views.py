@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
+
 from .nodes import Declined, arguments, constant, fake, operation, same, tensor_of
 
 _CASTS = frozenset(
@@ -46,6 +48,15 @@ Axes = tuple[tuple[Axis, ...], ...]
 """For each dimension of a tensor the axes that it is made of, the slowest first; axes of size 1 are left out."""
 
 
+Order = tuple[tuple[str, ...], ...]
+"""For each dimension of an operand the labels that it may be made of."""
+
+PLAIN: Order = (("batch",), ("head",), ("row",), ("element",))
+TRANSPOSED_KEY: Order = (("batch",), ("head",), ("element",), ("row",))
+FOLDED_KEY: Order = (("batch", "head"), ("element",), ("row",))
+FOLDED_VALUE: Order = (("batch", "head"), ("row",), ("element",))
+
+
 @dataclass(frozen=True)
 class Fold:
     """An attention operand, followed back to the tensor that it is a rearrangement of.
@@ -53,20 +64,32 @@ class Fold:
     Attributes:
         base: the first node that is no view, expand or cast.
         chain: the nodes from behind ``base`` up to the operand, in graph order.
+        order: how the operand must be laid out for the attention that it enters.
     """
 
     base: Node
     chain: tuple[Node, ...]
+    order: Order = PLAIN
 
 
-def fold(operand: Node) -> Fold:
+def is_cast(node: Node) -> bool:
+    """Whether a node changes at most a tensor's dtype, device or strides."""
+    return operation(node) in _CASTS
+
+
+def is_regrouping(node: Node) -> bool:
+    """Whether a node is a view that keeps the elements and their order."""
+    return operation(node) in _REGROUPINGS
+
+
+def fold(operand: Node, order: Order = PLAIN) -> Fold:
     """Follow an operand back through views, expands and casts. Reads only the graph; see :func:`head_repeats` for the check."""
     chain: list[Node] = []
     node = operand
     while operation(node) in _FOLDABLE and node.args and tensor_of(node.args[0]) is not None and tensor_of(node) is not None:
         chain.append(node)
         node = node.args[0]  # type: ignore[assignment]
-    return Fold(node, tuple(reversed(chain)))
+    return Fold(node, tuple(reversed(chain)), order)
 
 
 def head_repeats(folded: Fold) -> int:
@@ -82,11 +105,18 @@ def head_repeats(folded: Fold) -> int:
         if operation(node) in _CASTS:
             _check_cast(node, dtype)
         elif result.dtype != source.dtype:
-            raise Declined(f"the cache reaches attention through {operation(node)}, which reinterprets its bytes")
+            raise _detour(f"{operation(node)}, which reinterprets its bytes")
         axes = _follow(node, axes)
         if not _agrees(axes, result.shape):
-            raise Declined(f"the cache reaches attention through {operation(node)}, whose effect on its axes is not known")
-    return _grouping(axes)
+            raise Declined(
+                Reason.REARRANGED,
+                f"the cache reaches attention through {operation(node)}, whose effect on its axes is not known",
+            )
+    return _grouping(axes, folded.order)
+
+
+def _detour(through: str) -> Declined:
+    return Declined(Reason.REARRANGED, f"the cache reaches attention through {through}")
 
 
 def _axis(label: str, size: int | torch.SymInt) -> tuple[Axis, ...]:
@@ -96,9 +126,9 @@ def _axis(label: str, size: int | torch.SymInt) -> tuple[Axis, ...]:
 def _check_cast(node: Node, dtype: torch.dtype) -> None:
     result = fake(node)
     if result.device != fake(node.args[0]).device:  # type: ignore[arg-type]
-        raise Declined("the cache is moved to another device before attention")
+        raise Declined(Reason.REARRANGED, "the cache is moved to another device before attention")
     if result.dtype != dtype and torch.promote_types(result.dtype, dtype) != result.dtype:
-        raise Declined(f"the cache is rounded from {_name(dtype)} to {_name(result.dtype)} before attention")
+        raise Declined(Reason.REARRANGED, f"the cache is rounded from {_name(dtype)} to {_name(result.dtype)} before attention")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -129,7 +159,7 @@ def _follow(node: Node, axes: Axes) -> Axes:
         return _repeat_interleave(node, axes)
     counts = _sizes(node.args[1:] or (node.kwargs.get("repeats"),))
     if len(counts) != len(axes):
-        raise Declined("the cache reaches attention through repeat, which adds dimensions")
+        raise _detour("repeat, which adds dimensions")
     return tuple(_axis("repeat", count) + axis for count, axis in zip(counts, axes, strict=True))
 
 
@@ -147,11 +177,11 @@ def _regroup(axes: Axes, shape: torch.Size) -> Axes:
         taken: list[Axis] = []
         while not same(math.prod(axis.size for axis in taken), size):
             if not remaining:
-                raise Declined("the cache is reshaped across its axes before attention")
+                raise Declined(Reason.REARRANGED, "the cache is reshaped across its axes before attention")
             taken.append(remaining.pop(0))
         result.append(tuple(taken))
     if remaining:
-        raise Declined("the cache is reshaped across its axes before attention")
+        raise Declined(Reason.REARRANGED, "the cache is reshaped across its axes before attention")
     return tuple(result)
 
 
@@ -160,9 +190,9 @@ def _check_whole(node: Node, source: torch.Tensor, result: torch.Tensor) -> None
     index = node.args[1] if operation(node) == "getitem" else ()
     items = index if isinstance(index, tuple) else (index,)
     if not all(item is None or item is Ellipsis or isinstance(item, (slice, int)) for item in items):
-        raise Declined("the cache is indexed by a tensor before attention")
+        raise Declined(Reason.REARRANGED, "the cache is indexed by a tensor before attention")
     if not same(source.numel(), result.numel()):
-        raise Declined(f"attention reads a part of the cache ({operation(node)} before it)")
+        raise Declined(Reason.REARRANGED, f"attention reads a part of the cache ({operation(node)} before it)")
 
 
 def _expand(axes: Axes, source: torch.Size, result: torch.Size) -> Axes:
@@ -177,7 +207,7 @@ def _repeat_interleave(node: Node, axes: Axes) -> Axes:
     bound = arguments(node, ("self", "repeats", "dim"))
     count, dim = bound.get("repeats"), bound.get("dim")
     if not isinstance(count, int) or not isinstance(dim, int):
-        raise Declined("the cache reaches attention through repeat_interleave with a repeat count per element")
+        raise _detour("repeat_interleave with a repeat count per element")
     position = dim % len(axes)
     return (*axes[:position], axes[position] + _axis("repeat", count), *axes[position + 1 :])
 
@@ -186,7 +216,7 @@ def _dimensions(node: Node, names: tuple[str, ...], rank: int) -> list[int]:
     bound = arguments(node, ("self", *names))
     swapped = [value for name, value in bound.items() if name != "self"]
     if len(swapped) != len(names) or not all(isinstance(value, int) for value in swapped):
-        raise Declined(f"the cache reaches attention through {operation(node)} with dimensions that are not constant")
+        raise _detour(f"{operation(node)} with dimensions that are not constant")
     return [value % rank for value in swapped]  # type: ignore[operator]
 
 
@@ -195,16 +225,27 @@ def _sizes(values: object) -> list[int]:
     assert isinstance(values, tuple)
     flat = list(values[0]) if len(values) == 1 and isinstance(values[0], (tuple, list)) else list(values)
     if not all(isinstance(value, int) for value in flat):
-        raise Declined("the cache reaches attention through a view whose sizes are not constant")
+        raise _detour("a view whose sizes are not constant")
     return flat
 
 
-def _grouping(axes: Axes) -> int:
-    labels = [[axis.label for axis in dimension] for dimension in axes]
-    whole = [["batch"], ["head"], ["row"], ["element"]]
-    if len(axes) != 4 or any(labels[position] not in ([], whole[position]) for position in (0, 2, 3)):
-        raise Declined("attention reads the cache in another order than [batch, head, row, element]")
-    repeats = [axis for axis in axes[1] if axis.label == "repeat"]
-    if axes[1][len(axes[1]) - len(repeats) :] != tuple(repeats) or len(axes[1]) - len(repeats) > 1:
-        raise Declined("KV heads are repeated in another order than n times each, one after the other")
+def _grouping(axes: Axes, order: Order) -> int:
+    if len(axes) != len(order):
+        raise Declined(Reason.REARRANGED, "attention reads the cache in another order than [batch, head, row, element]")
+    for dimension, expected in zip(axes, order, strict=True):
+        _check_dimension([axis.label for axis in dimension], expected)
+    repeats = [axis for dimension in axes for axis in dimension if axis.label == "repeat"]
     return math.prod(constant(axis.size) for axis in repeats)
+
+
+def _check_dimension(labels: list[str], expected: tuple[str, ...]) -> None:
+    """Labels of size 1 are missing; repeats stand behind the head."""
+    place = 0
+    for number, label in enumerate(labels):
+        if label == "repeat":
+            if "head" not in expected or any(later != "repeat" for later in labels[number:]):
+                raise Declined(Reason.REARRANGED, "KV heads are repeated in another order than n times each")
+        elif label in expected[place:]:
+            place = expected.index(label) + 1
+        else:
+            raise Declined(Reason.REARRANGED, "attention reads the cache in another order than [batch, head, row, element]")

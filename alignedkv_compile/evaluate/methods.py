@@ -128,8 +128,8 @@ class Aligned:
             live: torch.Tensor,
             counters: torch.Tensor,
         ) -> tuple[torch.Tensor, ...]:
-            call = aligned_read_attention.counted
-            return (call(query, key, value, planes, None, live.shape[0], scale, tolerance, unit, least, counters, 0),)
+            options = (None, None, live.shape[0], scale, 0.0, tolerance, unit, least)
+            return (aligned_read_attention.counted(query, key, value, planes, *options, counters, 0),)
 
         return compile_function(read, args, ((), (2,), (2,), (0,), (0,), ()), {}, post_grad_pass("eval"))
 

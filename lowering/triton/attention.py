@@ -9,18 +9,17 @@ that depends on data, every address is fixed, as CUDA graphs want it, and no sum
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
 
-from ... import precision
 from ...inductor_private import DeviceProperties, FloorDiv, V, ir
-from ...layout import BLOCK_ROWS, COARSE_STEP, CODE_RANGE, MIDDLE_STEP, SCALES_BYTES, ArenaLayout
-from .constants import head_constants, power_of_two
+from ...layout import BLOCK_ROWS, ArenaLayout
+from ..constants import option_constants, policy_constants
 from .kernel import contiguous, emit, scratch
+from .shapes import head_constants, power_of_two
 from .tuning import read_launches, splits
 
 STATISTIC_FIELDS = 9
@@ -41,6 +40,7 @@ class Settings:
     """What is fixed when the kernels are generated; as in the operator's schema."""
 
     scale: float
+    softcap: float
     tolerance: float
     unit_roundoff: float
     min_context: int
@@ -51,7 +51,7 @@ class Read:
     """The kernels of one call.
 
     Args:
-        inputs: IR nodes: query, key, value, and planes, mask where the call has them.
+        inputs: IR nodes: query, key, value, and planes, mask, sinks where the call has them.
         mask_strides: strides of the mask, 0 where it broadcasts.
         mask_floor: a floating mask at or below it prohibits.
         settings: the call's options.
@@ -89,7 +89,8 @@ class Read:
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
             **self.launches.tiles,
-            **_policy_constants(self.arena, element.itemsize),
+            **policy_constants(self.arena, element.itemsize),
+            **option_constants(settings.tolerance, settings.unit_roundoff, max(settings.min_context, 1)),
             "HEADS": heads,
             "GROUP": group,
             "QUERIES": queries,
@@ -105,28 +106,27 @@ class Read:
             "COLUMNS": min(64, power_of_two(self.arena.value_dim)),
             "HAS_MASK": self.mask_kind,
             "MASK_SHARED": queries == 1 and mask is not None and mask_strides[1] == 0,
+            "HAS_SINKS": "SINKS" in self.inputs,
+            "SOFTCAP": max(settings.softcap, 0.0),
             "HAS_STATE": self.aligned,
             "COUNTED": "PLANES" in self.inputs,
             "FLOOR": mask_floor,
             "SCALE": settings.scale,
             "ABS_SCALE": abs(settings.scale),
-            "ALPHA": settings.tolerance,
-            "ROUNDOFF": settings.unit_roundoff,
-            "MIN_CONTEXT": max(settings.min_context, 1),
             "PRECISION": "'ieee'" if _is_hip() else "'tf32x3'",
             "PACKED": device.type == "cuda" and not _is_hip(),
             "FULL_KEY": self.arena.key_dim * element.itemsize,
             "FULL_VALUE": self.arena.value_dim * element.itemsize,
+            "REFINEMENT": self.arena.key_plane_row * (2 if settings.softcap > 0 else 1),
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
-            "STEPS": precision.STEPS,
-            "SCORE_LIMIT": float(precision.LARGEST_STEP),
-            "SMALLEST_TOP": float(precision.SMALLEST_TOP),
             "PROHIBITED": PROHIBITED,
         }
         self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
         self.sizes += [*key.get_stride()[:3], *value.get_stride()[:3]]
+        if "SINKS" in self.inputs:
+            self.sizes += self.inputs["SINKS"].get_stride()
 
     def emit(
         self,
@@ -157,6 +157,10 @@ class Read:
             lenient = {"LENIENT": self.emit("lenient", {"MASK": self.inputs["MASK"]}, [], output, GRID_Y=1)}
         return {**lenient, "MASK": self.inputs["MASK"]}
 
+    def sinks(self) -> dict[str, ir.IRNode]:
+        """The sinks where there are any."""
+        return {"SINKS": self.inputs["SINKS"]} if "SINKS" in self.inputs else {}
+
     def read(self, output: ir.Layout) -> ir.TensorBox:
         """The whole call."""
         return self.read_aligned(output) if self.aligned else self.stream(output)
@@ -164,7 +168,8 @@ class Read:
     def read_aligned(self, output: ir.Layout) -> ir.TensorBox:
         """Steps 1 to 5 of docs/policy.md."""
         padded, dim, splits = self.padded, self.arena.value_dim, self.splits
-        query, planes, mask = {"QUERY": self.inputs["QUERY"]}, {"PLANES": self.inputs["PLANES"]}, self.mask()
+        query, planes = {"QUERY": self.inputs["QUERY"]}, {"PLANES": self.inputs["PLANES"]}
+        mask = {**self.mask(), **self.sinks()}
         scores = {
             "SCORES": self.scratch(torch.int16, self.blocks, BLOCK_ROWS, padded),
             "SEEN": self.scratch(torch.uint8, self.blocks),
@@ -210,9 +215,9 @@ class Read:
         inputs = {**data, **tops, **self.counted}
         if "PLANES" in self.inputs:
             shared = {"PLANES": self.inputs["PLANES"], "PARTS": self.scratch(torch.float32, splits, padded, dim)}
-            inputs = {**inputs, **shared, **self.mask()}
+            inputs = {**inputs, **shared, **self.mask(), **self.sinks()}
             return self.emit("stream", inputs, ["TOPS", "READ", *shared], output)
-        inputs |= self.mask()
+        inputs |= {**self.mask(), **self.sinks()}
         parts = self.emit("stream", inputs, ["TOPS", "READ"], self.floats(splits, padded, dim))
         chunks = -(-dim // int(str(self.constants["COLUMNS"])))
         return self.emit("combine", {"PARTS": parts, **tops}, [], output, GRID_Y=chunks)
@@ -221,25 +226,6 @@ class Read:
         """Add what was read to row ``site`` of ``counters``."""
         dummy = contiguous(self.device, torch.int32, 1)
         self.emit("count", {"COUNTERS_OUT": counters, **self.counted}, ["COUNTERS_OUT"], dummy, SITE=site, SCAN=128)
-
-
-def _policy_constants(arena: ArenaLayout, element_size: int) -> dict[str, object]:
-    """Numbers of the error model."""
-    middle_key, middle_value = precision.middle_ratios(arena, element_size)
-    return {
-        "TERM_RATIO": precision.TERM_RATIO,
-        "MIN_NORM": precision.NORM_RANGE[0],
-        "MAX_NORM": precision.NORM_RANGE[1],
-        "LARGEST_SHIFT": math.log2(precision.LARGEST_SHIFT),
-        "LARGEST_NORM": float(precision.LARGEST_NORM_RATIO),
-        "FRACTION": float(precision.STREAM_FRACTION),
-        "COARSE": COARSE_STEP / CODE_RANGE,
-        "MIDDLE": MIDDLE_STEP / CODE_RANGE,
-        "VALUE_8": precision.evaluate("value_coefficient", b=8, D=arena.value_dim),
-        "KEY_MIDDLE_RATIO": middle_key,
-        "VALUE_MIDDLE_RATIO": middle_value,
-        "SCALES_BYTES": SCALES_BYTES,
-    }
 
 
 def _processors(device: torch.device) -> int:

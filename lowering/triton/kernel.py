@@ -8,7 +8,6 @@ kernels follow the kernel in its source.
 from __future__ import annotations
 
 import functools
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import sympy
 import torch
 
-from ... import layout, ops
+from ... import ops
 from ...inductor_private import (
     SymbolicGridFn,
     TritonTemplate,
@@ -28,6 +27,7 @@ from ...inductor_private import (
     ir,
     texpr,
 )
+from ..constants import SCAN, SHARED, print_triton
 from .shared import shared_functions
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -76,9 +76,8 @@ GRIDS = {"quantize_on_write": pairs_by_pieces, "count": one_program}
 
 
 @functools.cache
-def template(name: str) -> Template:
-    """The template ``templates/<name>.py.jinja`` with the shared setup and functions; Inductor knows it by
-    ``alignedkv_<name>``."""
+def template_text(name: str) -> str:
+    """``templates/<name>.py.jinja`` with the shared setup."""
     text = (_TEMPLATES / f"{name}.py.jinja").read_text()
     for part in ("setup", "scan_share", "stream_share"):
         included = (_TEMPLATES / f"{part}.py.jinja").read_text().rstrip()
@@ -87,12 +86,25 @@ def template(name: str) -> Template:
             return textwrap.indent(included, place[1])
 
         text = re.sub(rf"^( *)\{{\{{{part}\}}\}}$", indented, text, flags=re.MULTILINE)
+    return text
+
+
+@functools.cache
+def named_constants(name: str) -> Mapping[str, str]:
+    """Constants that a template names."""
+    words = frozenset(re.findall(r"\w+", template_text(name)))
+    return {constant: text for constant, text in print_triton({**SHARED, **SCAN}).items() if constant in words}
+
+
+@functools.cache
+def template(name: str) -> Template:
+    """The template with the shared functions; Inductor knows it by ``alignedkv_<name>``."""
+    text = template_text(name)
     made = Template(f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions())
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
-        layout=layout,
         counter_fields=len(ops.COUNTER_FIELDS),
-        log2e=math.log2(math.e),
+        log2e=SHARED["LOG2E"],
         buffers=frozenset(part for part in known.split('"')[1::2]),
     )
     return made
@@ -124,7 +136,7 @@ def emit(
         mutated: names of inputs that it writes.
         output: layout of what ``output_pointer`` or ``store_output`` writes.
         sizes: what ``call_size`` returns by index, and what the grid is computed from.
-        constants: the template's glossary.
+        constants: the template's glossary, but for :func:`named_constants`.
         launch: how it is divided up.
     """
     choices: list[Any] = []
@@ -138,6 +150,7 @@ def emit(
         num_stages=launch.stages,
         ROWS=launch.rows,
         KERNEL_NAME=repr(name),
+        **named_constants(name),
         **constants,
     )
     if error is not None:

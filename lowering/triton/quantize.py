@@ -7,8 +7,8 @@ import torch
 
 from ...inductor_private import V, ir
 from ...layout import BLOCK_ROWS, ArenaLayout
-from .constants import head_constants
 from .kernel import contiguous, emit
+from .shapes import head_constants
 from .tuning import write_launch
 
 

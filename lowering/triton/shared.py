@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from ... import layout, precision
+from ... import precision
 from ...layout import ArenaLayout
+from ..constants import SHARED, print_triton
 
-LOG2E = math.log2(math.e)
 SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "arrivals")
 
 
@@ -80,4 +79,4 @@ def shared_functions() -> str:
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined)
     text = environment.get_template("functions.py.jinja")
-    return text.render(layout=layout, log2e=LOG2E, formulas=_formulas(), sections=_section_functions())
+    return text.render(**print_triton(SHARED), formulas=_formulas(), sections=_section_functions())

@@ -56,8 +56,10 @@ def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = F
 
 
 def write_launch(key_dim: int, value_dim: int) -> Launch:
-    """Launch of the write: few rows at once, as a row goes through log2(dim) exchanges of registers."""
-    return Launch(8 if max(key_dim, value_dim) > 256 else 16, 4, 1)
+    """Launch of the write: few rows at once, as a row goes through log2(dim) exchanges of registers, and more warps where the
+    fewest do not fit."""
+    dim = max(key_dim, value_dim)
+    return Launch(8 if dim > 256 else 16, 8 if dim > 512 else 4, 1)
 
 
 def splits(pairs: int, processors: int) -> int:

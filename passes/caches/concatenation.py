@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
+
 from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, depends_on_data, example, fake, is_metadata, operation, tensor_of
@@ -56,9 +58,9 @@ def check_lengths(key: Concatenation, value: Concatenation) -> None:
     for name, left, right in (("past", key.past, value.past), ("new rows", key.new, value.new)):
         sizes = (fake(left).shape[2], fake(right).shape[2])
         if any(map(depends_on_data, sizes)):
-            raise Declined(f"the length of the {name} depends on data")
+            raise Declined(Reason.LENGTH, f"the length of the {name} depends on data")
         if not bool(sizes[0] == sizes[1]):
-            raise Declined(f"K and V have {name} of different lengths")
+            raise Declined(Reason.LENGTH, f"K and V have {name} of different lengths")
 
 
 def check_readers(parts: Concatenation, name: str, facts: GraphFacts, kept: frozenset[Node]) -> None:
@@ -73,20 +75,20 @@ def check_readers(parts: Concatenation, name: str, facts: GraphFacts, kept: froz
     past, result = parts.past, parts.result
     others = [other for other in facts.placeholders if other is not past and facts.shares_storage(past, other)]
     if others:
-        raise Declined(f"{name}'s past shares its storage with another input ({others[0].name})")
+        raise Declined(Reason.MEMORY, f"{name}'s past shares its storage with another input ({others[0].name})")
     writers = facts.writers(past) + facts.writers(result)
     if writers:
-        raise Declined(f"{name} is also written by {operation(writers[0])}")
+        raise Declined(Reason.SECOND_WRITER, f"{name} is also written by {operation(writers[0])}")
     for reader in facts.users(past):
         if reader is not result and not is_metadata(reader):
-            raise Declined(f"{name}'s past is also read by {operation(reader)}")
+            raise Declined(Reason.SECOND_READER, f"{name}'s past is also read by {operation(reader)}")
     data_readers(result, name, facts, kept)
     symbols = inputs_by_symbol(facts.placeholders)
     for reader in metadata_readers(parts):
         if not is_expressible(example(reader), symbols):
-            raise Declined(f"{operation(reader)} of {name} is no expression of the graph's inputs")
+            raise Declined(Reason.LENGTH, f"{operation(reader)} of {name} is no expression of the graph's inputs")
     if not is_expressible(fake(past).shape[2], symbols):
-        raise Declined(f"the length of {name}'s past is no input of the graph")
+        raise Declined(Reason.LENGTH, f"the length of {name}'s past is no input of the graph")
 
 
 def data_readers(result: Node, name: str, facts: GraphFacts, kept: frozenset[Node]) -> frozenset[Node]:
@@ -112,7 +114,7 @@ def data_readers(result: Node, name: str, facts: GraphFacts, kept: frozenset[Nod
                 pending.append(reader)
             else:
                 culprit = node if operation(reader) == "output" else reader
-                raise Declined(f"{name} is also read by {operation(culprit)}")
+                raise Declined(Reason.SECOND_READER, f"{name} is also read by {operation(culprit)}")
     return frozenset(found)
 
 

@@ -29,6 +29,7 @@ from torch.fx.node import Argument
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.errors import CacheTooLongError
 from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.append_buffers import AppendBuffer, AppendBuffers
 
 from ..attention import check_cache_pair, is_prefill, site_over
@@ -75,7 +76,7 @@ class CroppedKind:
         key, value = _known_crop(candidate.key.base, facts), _known_crop(candidate.value.base, facts)
         check_cache_pair(key.parts.past, value.parts.past)
         if key.rows != value.rows:
-            raise Declined("K and V are windows of different lengths")
+            raise Declined(Reason.LENGTH, "K and V are windows of different lengths")
         operands = [_operand(folded, crop) for folded, crop in ((candidate.key, key), (candidate.value, value))]
         if not is_prefill(candidate.call):
             for crop, name in ((key, "K"), (value, "V")):
@@ -91,7 +92,7 @@ class CroppedKind:
         calls = {site.attention for site in rewritten}
         for crop, name in ((key, "K"), (value, "V")):
             if not data_readers(crop.parts.result, name, facts, frozenset([crop.kept])) <= calls:
-                raise Declined("another attention call over the same cache is not rewritten")
+                raise Declined(Reason.SECOND_READER, "another attention call over the same cache is not rewritten")
         return CroppedPair(key, value, int(fake(key.parts.new).shape[2]), rewritten)
 
     def written_by(self, node: Node, facts: GraphFacts) -> WrittenCache | None:
@@ -278,5 +279,5 @@ def _kept_rows(node: Node) -> int | None:
 
 def _operand(folded: Fold, crop: Crop) -> CacheOperand:
     if fake(crop.parts.past).dtype != fake(crop.parts.new).dtype:
-        raise Declined("past and new rows have different dtypes")
+        raise Declined(Reason.DTYPE, "past and new rows have different dtypes")
     return CacheOperand(crop.parts.past, crop.parts.result, folded.chain, head_repeats(folded))

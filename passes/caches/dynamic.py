@@ -28,6 +28,7 @@ from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.errors import CacheTooLongError
 from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
 from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.append_buffers import AppendBuffer, AppendBuffers
 from alignedkv_compile.torch_private import fresh_size, generates_triton
 
@@ -86,7 +87,7 @@ class DynamicKind:
         calls = {site.attention for site in rewritten}
         for part, name in ((key, "K"), (value, "V")):
             if not data_readers(part.result, name, facts, frozenset()) <= calls:
-                raise Declined("another attention call over the same cache is not rewritten")
+                raise Declined(Reason.SECOND_READER, "another attention call over the same cache is not rewritten")
         return AppendPair(key, value, int(fake(key.new).shape[2]), rewritten)
 
     def written_by(self, node: Node, facts: GraphFacts) -> WrittenCache | None:
@@ -329,5 +330,5 @@ def _parts(node: Node) -> Concatenation:
 
 def _operand(folded: Fold, parts: Concatenation) -> CacheOperand:
     if fake(parts.past).dtype != fake(parts.new).dtype:
-        raise Declined("past and new rows have different dtypes")
+        raise Declined(Reason.DTYPE, "past and new rows have different dtypes")
     return CacheOperand(parts.past, parts.result, folded.chain, head_repeats(folded))

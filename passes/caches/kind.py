@@ -49,13 +49,11 @@ class WrittenCache:
         source: its placeholder.
         rows: the tensor that holds the rows after the write.
         group: equal for K and V of one layer.
-        reason: why it is declined whoever reads it, or "".
     """
 
     source: Node
     rows: Node
     group: object
-    reason: str = ""
 
 
 @dataclass(frozen=True)

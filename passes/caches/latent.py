@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.torch_private import FakeTensor
 
 from ..attention import check_cache_pair, check_head_dim
@@ -96,9 +97,9 @@ def expansion(key: Node, value: Node, facts: GraphFacts) -> Expansion:
     assembly, values = _assembly(key, facts), _projection(value, 1)
     keys = None if assembly is None else _projection(assembly.nope, 0)
     if assembly is None or keys is None or values is None:
-        raise Declined("K and V are exchanged, or one of them is no expansion of latents")
+        raise Declined(Reason.MIXED_CACHES, "K and V are exchanged, or one of them is no expansion of latents")
     if keys.split is not values.split:
-        raise Declined("K and V are expanded from different products of latents")
+        raise Declined(Reason.MIXED_CACHES, "K and V are expanded from different products of latents")
     nodes = {*keys.nodes, *assembly.nodes, value}
     return Expansion(
         latent=keys.latent,
@@ -130,25 +131,27 @@ def check_expansion(found: Expansion, candidate: CandidateCall, latent: Node, ro
         Declined: with what stands in the way.
     """
     check_cache_pair(latent, rope)
+    if candidate.call.folded:
+        raise Declined(Reason.SHAPE, "heads that latents are expanded to are one dimension with the batch")
     if constant(fake(latent).shape[1]) != 1:
-        raise Declined(f"the latents have {fake(latent).shape[1]} heads, not 1")
+        raise Declined(Reason.SHAPE, f"the latents have {fake(latent).shape[1]} heads, not 1")
     check_head_dim(constant(fake(latent).shape[3]) + constant(fake(rope).shape[3]), "latent and rope key together")
     weight = fake(found.weight)
     if type(weight) not in (FakeTensor, torch.Tensor, torch.nn.Parameter) or weight.layout != torch.strided:
-        raise Declined("the latents' projection has a weight that is a tensor subclass or sparse")
+        raise Declined(Reason.TENSOR_TYPE, "the latents' projection has a weight that is a tensor subclass or sparse")
     if arguments(found.product, _LINEAR).get("bias") is not None:
-        raise Declined("the latents' projection has a bias")
+        raise Declined(Reason.UNKNOWN_ATTENTION, "the latents' projection has a bias")
     tensors = [weight, *(fake(node) for node in (latent, found.product, found.key)), tensor_of(candidate.call.query)]
     if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
-        raise Declined("latents, their projection and the query have different dtypes")
+        raise Declined(Reason.DTYPE, "latents, their projection and the query have different dtypes")
     if any(head_repeats(folded) != 1 for folded in (candidate.key, candidate.value)):
-        raise Declined("the heads are repeated after the latents were expanded")
+        raise Declined(Reason.REARRANGED, "the heads are repeated after the latents were expanded")
     for node, name in ((found.weight, "the projection's weight"), (found.product, "what the latents are expanded to")):
         writers = facts.writers(node)
         if writers:
-            raise Declined(f"{name} is also written by {operation(writers[0])}")
+            raise Declined(Reason.SECOND_WRITER, f"{name} is also written by {operation(writers[0])}")
     if max(facts.order[node] for node in found.joins) > facts.order[candidate.call.scores]:
-        raise Declined("attention reads K before it is complete")
+        raise Declined(Reason.WRITE_ORDER, "attention reads K before it is complete")
 
 
 def check_private(expansions: Sequence[Expansion], sites: Sequence[AttentionSite], facts: GraphFacts) -> None:
@@ -163,7 +166,10 @@ def check_private(expansions: Sequence[Expansion], sites: Sequence[AttentionSite
     for node in sorted(inside, key=facts.order.__getitem__):
         for reader in node.users:
             if reader not in inside and facts.attention_over(node, reader) not in calls:
-                raise Declined(f"the expanded latents are also read by {operation(node if reader.op == 'output' else reader)}")
+                raise Declined(
+                    Reason.SECOND_READER,
+                    f"the expanded latents are also read by {operation(node if reader.op == 'output' else reader)}",
+                )
 
 
 def erase_expansions(expansions: Sequence[Expansion], editor: GraphEditor) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from alignedkv_compile.contract import Outcome
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.joined import LatentBuffers
 
 from ..attention import is_prefill, site_over
@@ -64,7 +65,7 @@ class LatentDynamicKind:
             check_expansion(found, candidate, latent.past, rope.past, facts)
             for parts, name in ((latent, "the latent"), (rope, "the rope key")):
                 if fake(parts.past).dtype != fake(parts.new).dtype:
-                    raise Declined("past and new rows have different dtypes")
+                    raise Declined(Reason.DTYPE, "past and new rows have different dtypes")
                 if not is_prefill(candidate.call):
                     check_readers(parts, name, facts, frozenset(found.nodes))
             if not is_prefill(candidate.call):
@@ -73,7 +74,7 @@ class LatentDynamicKind:
             value = CacheOperand(rope.past, found.value, candidate.value.chain, 1)
             return site_over(candidate.call, self, candidate.index, key, value)
         except Declined as refusal:
-            raise Declined(str(refusal), (latent.past, rope.past)) from None
+            raise Declined(refusal.reason, str(refusal), (latent.past, rope.past)) from None
 
     def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> LatentAppendPair | None:
         rewritten = tuple(site for site in sites if site.outcome is Outcome.REWRITTEN)

@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.joined import Joined, JoinedKeys
 
 from ..attention import site_over
@@ -64,14 +65,14 @@ class LatentStaticKind:
         try:
             check_expansion(found, candidate, latent, rope, facts)
             if not bool(fake(latent).shape[2] == fake(rope).shape[2]):
-                raise Declined("latents and rope keys have different numbers of rows")
+                raise Declined(Reason.LENGTH, "latents and rope keys have different numbers of rows")
             _check_order(write_pairs(latent, rope, facts), found, candidate.call, facts)
             key = CacheOperand(latent, found.key, candidate.key.chain, 1)
             return site_over(
                 candidate.call, self, candidate.index, key, CacheOperand(rope, found.value, candidate.value.chain, 1)
             )
         except Declined as refusal:
-            raise Declined(str(refusal), (latent, rope)) from None
+            raise Declined(refusal.reason, str(refusal), (latent, rope)) from None
 
     def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> LatentPair | None:
         rewritten = [site for site in sites if site.outcome is Outcome.REWRITTEN]
@@ -224,6 +225,6 @@ def _check_order(writes: Sequence[WritePair], found: Expansion, call: AttentionC
     first = min(first, *(facts.order[node] for node in found.joins))
     written = [facts.order[node] for write in writes for node in (write.key, write.value)]
     if any(first < position < last for position in written):
-        raise Declined("the cache is written between the expansion of its latents and the attention")
+        raise Declined(Reason.WRITE_ORDER, "the cache is written between the expansion of its latents and the attention")
     if not any(position < first for position in written):
-        raise Declined("the cache is written after the attention reads it")
+        raise Declined(Reason.WRITE_ORDER, "the cache is written after the attention reads it")

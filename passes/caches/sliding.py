@@ -37,6 +37,7 @@ from torch.fx import Node
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.windows import Window, Windows, window_capacity
 
 from ..attention import check_cache_pair, site_over
@@ -85,9 +86,9 @@ class SlidingKind:
         for shift, name in ((key, "K"), (value, "V")):
             facts.check_unshared(shift.cache, name)
             if facts.order[shift.write] > facts.order[candidate.call.scores]:
-                raise Declined(f"the attention reads {name} before it is shifted")
+                raise Declined(Reason.WRITE_ORDER, f"the attention reads {name} before it is shifted")
         if not same(fake(key.cache).shape[2], fake(value.cache).shape[2]) or not _same_rows(key.new, value.new):
-            raise Declined("K and V are windows of different lengths")
+            raise Declined(Reason.LENGTH, "K and V are windows of different lengths")
         operands = [_operand(folded, shift, facts) for folded, shift in ((candidate.key, key), (candidate.value, value))]
         return site_over(candidate.call, self, candidate.index, *operands)
 
@@ -351,5 +352,5 @@ def _same_rows(left: Node, right: Node) -> bool:
 def _operand(folded: Fold, shift: Shift, facts: GraphFacts) -> CacheOperand:
     for node in folded.chain if shift.rows is shift.cache else ():
         if facts.order[node] < facts.order[shift.write] and not facts.shares_storage(shift.cache, node):
-            raise Declined("attention reads a copy of the cache that was made before the shift")
+            raise Declined(Reason.WRITE_ORDER, "attention reads a copy of the cache that was made before the shift")
     return CacheOperand(shift.cache, shift.rows, folded.chain, head_repeats(folded))

@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.ops import quantize_on_write
+from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.sidecar import RebuildHistory, Sidecar, SidecarStore
 
 from ..attention import check_cache_pair, site_over
@@ -205,11 +206,11 @@ def write_pairs(key: Node, value: Node, facts: GraphFacts) -> tuple[WritePair, .
         _check_memory(cache, name, facts)
     key_writes, value_writes = facts.writers(key), facts.writers(value)
     if len(key_writes) != len(value_writes):
-        raise Declined(f"K is written {len(key_writes)} times and V {len(value_writes)} times")
+        raise Declined(Reason.SECOND_WRITER, f"K is written {len(key_writes)} times and V {len(value_writes)} times")
     pairs = tuple(_write_pair(*written, facts) for written in zip(key_writes, value_writes, strict=True))
     for earlier, later in itertools.pairwise(pairs):
         if max(facts.order[earlier.key], facts.order[earlier.value]) > min(facts.order[later.key], facts.order[later.value]):
-            raise Declined("K and V are written twice before the pair is complete")
+            raise Declined(Reason.WRITE_ORDER, "K and V are written twice before the pair is complete")
     return pairs
 
 
@@ -217,9 +218,9 @@ def _last_write(writes: tuple[WritePair, ...], attention: Node, facts: GraphFact
     """The write whose rows attention sees."""
     before = [pair for pair in writes if facts.order[pair.key] < facts.order[attention]]
     if not before:
-        raise Declined("the cache is written after the attention reads it")
+        raise Declined(Reason.WRITE_ORDER, "the cache is written after the attention reads it")
     if facts.order[before[-1].value] > facts.order[attention]:
-        raise Declined("the attention reads the cache between the writes of K and of V")
+        raise Declined(Reason.WRITE_ORDER, "the attention reads the cache between the writes of K and of V")
     return before[-1]
 
 
@@ -227,7 +228,7 @@ def _check_memory(cache: Node, name: str, facts: GraphFacts) -> None:
     facts.check_unshared(cache, name)
     for writer in facts.writers(cache):
         if not is_index_copy(writer) or written_cache(writer, facts) is not cache:
-            raise Declined(f"{name} is also written by {operation(writer)}")
+            raise Declined(Reason.SECOND_WRITER, f"{name} is also written by {operation(writer)}")
         _check_write(writer, cache, name)
 
 
@@ -235,9 +236,9 @@ def _check_write(write: Node, cache: Node, name: str) -> None:
     bound = arguments(write, _INDEX_COPY)
     rows, positions, tensor = tensor_of(bound.get("source")), tensor_of(bound.get("index")), fake(cache)
     if rows is None or rows.dim() != 4 or rows.dtype != tensor.dtype:
-        raise Declined(f"the rows written to {name} are no 4-D tensor of its dtype")
+        raise Declined(Reason.WRITE_ORDER, f"the rows written to {name} are no 4-D tensor of its dtype")
     if positions is None or positions.dim() != 1 or positions.dtype != torch.int64:
-        raise Declined(f"the positions written to {name} are no 1-D int64 tensor")
+        raise Declined(Reason.WRITE_ORDER, f"the positions written to {name} are no 1-D int64 tensor")
 
 
 def _write_pair(key: Node, value: Node, facts: GraphFacts) -> WritePair:
@@ -247,10 +248,10 @@ def _write_pair(key: Node, value: Node, facts: GraphFacts) -> WritePair:
     assert isinstance(new_value, Node)
     assert isinstance(positions, Node)
     if positions is not value_bound["index"]:
-        raise Declined("K and V are written at different positions")
+        raise Declined(Reason.WRITE_ORDER, "K and V are written at different positions")
     first, last = sorted((key, value), key=facts.order.__getitem__)
     if any(facts.written_between(operand, first, last) for operand in (new_key, new_value, positions)):
-        raise Declined("the new rows or their positions change between the writes of K and of V")
+        raise Declined(Reason.WRITE_ORDER, "the new rows or their positions change between the writes of K and of V")
     return WritePair(key, value, new_key, new_value, positions)
 
 
@@ -258,5 +259,5 @@ def _operand(folded: Fold, cache: Node, write: Node, facts: GraphFacts) -> Cache
     for node in folded.chain:
         before_write = facts.order[node] < facts.order[write]
         if before_write and not facts.shares_storage(cache, node):
-            raise Declined("attention reads a copy of the cache that was made before the write")
+            raise Declined(Reason.WRITE_ORDER, "attention reads a copy of the cache that was made before the write")
     return CacheOperand(cache, cache, folded.chain, head_repeats(folded))

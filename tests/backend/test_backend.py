@@ -161,7 +161,10 @@ def test_strict_raises_with_the_reasons(steps: Any) -> None:
     error = raised.value.inner_exception
     assert isinstance(error, DeclinedError)
     assert len(error.sites) == 1
-    assert alignedkv_compile.report().graphs[0].sites[0].reason in error.sites[0]
+    site = alignedkv_compile.report().graphs[0].sites[0]
+    assert site.reason in error.sites[0]
+    assert site.kind is not None
+    assert f"docs/declined.md#{site.kind.value}" in str(error)
 
 
 def test_gradients_are_declined_not_broken(steps: Any) -> None:
@@ -320,3 +323,14 @@ def test_foreign_passes_in_the_inductor_slot_are_kept(steps: Any) -> None:
     torch._dynamo.reset()
     compare_static(compile_step(steps.static, inductor={"post_grad_custom_post_pass": spy}), steps, steps.inputs(97), 1)
     assert len(seen) == 2
+
+
+def test_reasons_are_grouped_and_explained(steps: Any) -> None:
+    compile_step(steps.declined)(*steps.inputs(96).next())
+    torch._dynamo.reset()
+    compile_step(steps.declined)(*steps.inputs(97).next())
+    report = alignedkv_compile.report()
+    ((kind, met),) = report.reasons
+    assert report.reasons[kind, met] == 2
+    assert f"2 x [{kind.value}] {met}" in str(report)
+    assert report.to_dict()["graphs"][0]["sites"][0]["kind"] == kind.value  # type: ignore[index]

@@ -100,6 +100,31 @@ static inline __m512i dpbusd_epi32(__m512i acc, __m512i unsigned_bytes, __m512i 
   for (int i = 0; i < 64; ++i) sum.lane[i / 4] += (int32_t)u.lane[i] * (int32_t)s.lane[i];
   return join<__m512i>(sum);
 }
+static inline __m256 castps512_ps256(__m512 a) { __m256 r; std::memcpy(&r, &a, 32); return r; }
+static inline __m512 castps256_ps512(__m256 a) { __m512 r{}; std::memcpy(&r, &a, 32); return r; }
+static inline __m256 extractf32x8_ps(__m512 a, int half) { __m256 r; std::memcpy(&r, (const char*)&a + 32 * half, 32); return r; }
+static inline __m512 insertf32x8(__m512 a, __m256 b, int half) { std::memcpy((char*)&a + 32 * half, &b, 32); return a; }
+static inline __m512d cvtps_pd(__m256 a) {
+  float x[8];
+  std::memcpy(x, &a, 32);
+  Lanes<double> r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = x[i];
+  return join<__m512d>(r);
+}
+static inline __m256 cvtpd_ps(__m512d a) {
+  auto x = split<double>(a);
+  float r[8];
+  for (int i = 0; i < 8; ++i) r[i] = (float)x.lane[i];
+  __m256 all;
+  std::memcpy(&all, r, 32);
+  return all;
+}
+static inline double reduce_add_pd(__m512d a) {
+  auto x = split<double>(a);
+  for (int step = 4; step; step /= 2)
+    for (int i = 0; i < step; ++i) x.lane[i] += x.lane[i + step];
+  return x.lane[0];
+}
 }  // namespace emulated
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_max_ps emulated::max_ps
@@ -121,3 +146,10 @@ static inline __m512i dpbusd_epi32(__m512i acc, __m512i unsigned_bytes, __m512i 
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
+#define _mm512_castps512_ps256 emulated::castps512_ps256
+#define _mm512_castps256_ps512 emulated::castps256_ps512
+#define _mm512_extractf32x8_ps emulated::extractf32x8_ps
+#define _mm512_insertf32x8 emulated::insertf32x8
+#define _mm512_cvtps_pd emulated::cvtps_pd
+#define _mm512_cvtpd_ps emulated::cvtpd_ps
+#define _mm512_reduce_add_pd emulated::reduce_add_pd

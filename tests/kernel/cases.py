@@ -35,14 +35,16 @@ NATIVE_ISAS = {"avx512": ("avx512", "avx2", "portable"), "avx2": ("avx2", "porta
 
 @dataclass(frozen=True)
 class Case:
-    """One call: shapes, dtypes and options. ``mask`` is None or a ``[B|1, Hq|1, Q|1, T]`` tensor."""
+    """One call: shapes, dtypes and options. ``mask`` is None or ``[B|1, Hq|1, Q|1, T]``, ``sinks`` None or ``[Hq]``."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     length: int | None = None
     scale: float | None = None
+    softcap: float = 0.0
     tolerance: float = 2.0
     unit_roundoff: float | None = None
     min_context: int = 0
@@ -61,14 +63,15 @@ class Case:
 
     def arguments(self, planes: torch.Tensor | None) -> tuple[object, ...]:
         return (
-            *(self.query, self.key, self.value, planes, self.mask, self.live),
-            *(self.factor, self.tolerance, self.roundoff, self.min_context),
+            *(self.query, self.key, self.value, planes, self.mask, self.sinks, self.live),
+            *(self.factor, self.softcap, self.tolerance, self.roundoff, self.min_context),
         )
 
     def __repr__(self) -> str:
         mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
         shapes = tuple(self.query.shape), tuple(self.key.shape), self.value.shape[-1]
-        return f"Case({shapes}, {self.key.dtype}, mask={mask}, live={self.live}, tolerance={self.tolerance})"
+        scores = f"softcap={self.softcap}, sinks={None if self.sinks is None else self.sinks.tolist()}"
+        return f"Case({shapes}, {self.key.dtype}, mask={mask}, {scores}, live={self.live}, tolerance={self.tolerance})"
 
 
 def make_case(
@@ -100,15 +103,15 @@ def make_case(
 
 
 MISREAD = [(4.0, 0.3), (24.0, 6.0), (33.0, 0.3), (33.0, 6.0), (60.0, 2.0), (200.0, 0.3)]
-"""Arguments of :func:`misread_case`: 4 bits read scores from 15 to 800 below the truth, which is 1 to 200."""
+"""Arguments of :func:`misread_case`: 4 bits read scores from 15 to 800 away from the truth, which is 1 to 200."""
 
 
-def misread_case(strength: float, score: float) -> Case:
+def misread_case(strength: float, score: float, *, above: bool = False) -> Case:
     """One row of K with about ``strength * score`` among zeros, each of whose mixed elements is read at 4 bits as far below its
-    value as can be, times the same number of the mixed query."""
+    value, or ``above``, as can be, times the same number of the mixed query."""
     dim, rows, place = 64, 40, 20
     dither = place * 0.6180339887498949 % 1 - 0.5
-    mixed = torch.full((dim,), (0.98 - dither) / 8)  # just below the next code; the row's scale is 1
+    mixed = torch.full((dim,), ((0.02 if above else 0.98) - dither) / 8)  # at the edge of a code; the row's scale is 1
     mixed[0] = 15 / 16
     steps = round(float(score - mixed.sum()) * 8)
     mixed[1:] += (steps // (dim - 1) + (torch.arange(dim - 1) < steps % (dim - 1))) / 8
@@ -144,10 +147,16 @@ def exact(case: Case) -> torch.Tensor:
     keys, values = case.key[:, :, : case.live].double(), case.value[:, :, : case.live].double()
     group = case.query.shape[1] // keys.shape[1]
     scores = case.query.double() @ keys.repeat_interleave(group, 1).mT * case.factor
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
     if case.mask is not None:
         mask = case.mask[..., : case.live]
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+    live = scores.shape[-1]
+    if case.sinks is not None:
+        sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))[..., :live]
     return weights @ values.repeat_interleave(group, 1)
 
 

@@ -155,10 +155,11 @@ def test_masks(name: str) -> None:
         assert kernel.counts["rows"] == 2 * 2 * 300, "rows that no query row attends to are not read"
 
 
+@pytest.mark.parametrize("above", [False, True])
 @pytest.mark.parametrize(("strength", "score"), MISREAD)
-def test_a_row_that_4_bits_read_as_nothing_is_not_lost(strength: float, score: float) -> None:
+def test_a_row_that_4_bits_misread_is_not_lost(strength: float, score: float, above: bool) -> None:
     """Weights underflow, overflow and bounds leave floats: the row is read further, or the head in full."""
-    case = misread_case(strength, score)
+    case = misread_case(strength, score, above=above)
     check_certificates(case, run_certified_kernel(case, write_planes(case)))
 
 

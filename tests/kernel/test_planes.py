@@ -14,15 +14,15 @@ from alignedkv_compile import arena, reference
 from alignedkv_compile.arena import arena_views
 from alignedkv_compile.layout import (
     BLOCK_ROWS,
-    COARSE_STEP,
     CODE_RANGE,
+    HI_STEP,
     MAX_HEAD_DIM,
-    MIDDLE_STEP,
-    SMALLEST_NORM,
+    MID_STEP,
     ArenaLayout,
     arena_layout,
     hadamard_blocks,
 )
+from alignedkv_compile.row_header import VALUE_NORM
 
 SHAPES = [(64, 64, torch.bfloat16), (80, 48, torch.float16), (128, 128, torch.float32), (21, 9, torch.bfloat16)]
 
@@ -95,10 +95,10 @@ def test_planes_read_back_within_half_a_step(bits: int) -> None:
     case = make_case(rows=256, dtype=torch.float32)
     rows = reference.hadamard(case.key[0, 0])
     scale = rows.abs().amax(-1) * 16 / 15
-    high, middle = reference.encode(rows, scale, torch.arange(256))
-    code = (high.int() << 12) + ((middle.int() << 8) if bits == 8 else 0) - CODE_RANGE
-    step = COARSE_STEP if bits == 4 else MIDDLE_STEP
-    offset = reference.dither(torch.arange(256))[:, None] * COARSE_STEP
+    hi, mid = reference.encode(rows, scale, torch.arange(256))
+    code = (hi.int() << 12) + ((mid.int() << 8) if bits == 8 else 0) - CODE_RANGE
+    step = HI_STEP if bits == 4 else MID_STEP
+    offset = reference.dither(torch.arange(256))[:, None] * HI_STEP
     back = (code[:, :64] + step / 2 - offset) * scale[:, None] / CODE_RANGE
     error = (back - rows).abs() / (scale[:, None] * step / CODE_RANGE)
     assert 0.4 < error.max() <= 0.5 + 1e-3
@@ -124,7 +124,7 @@ def test_packing_round_trips(groups: int, half: int, seed: int) -> None:
 SCALES = st.lists(st.floats(0, math.inf, width=32), min_size=1, max_size=20)
 
 
-@given(SCALES, SCALES, st.floats(SMALLEST_NORM, MAX_HEAD_DIM**0.5))
+@given(SCALES, SCALES, st.floats(VALUE_NORM.smallest, MAX_HEAD_DIM**0.5))
 def test_scales_round_up_by_a_sixteenth_and_norms_to_the_nearest(keys: list[float], values: list[float], norm: float) -> None:
     count = min(len(keys), len(values))
     key, value, share = (torch.tensor(x, dtype=torch.float32) for x in (keys[:count], values[:count], [norm] * count))

@@ -1,4 +1,4 @@
-"""What a built wheel holds: both top-level folders under their package name, and the templates."""
+"""What a built wheel holds: both top-level folders under their package name, the templates and the headers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_every_module_is_in_the_wheel(folder: str, names: set[str]):
     assert in_tree(folder, ".py") <= names
 
 
-def test_every_template_is_in_the_wheel(names: set[str]):
-    templates = in_tree("lowering", ".jinja")
+def test_every_template_and_header_is_in_the_wheel(names: set[str]):
+    templates = in_tree("lowering", ".jinja") | in_tree("lowering", ".h")
     assert templates <= names
 
 

@@ -68,7 +68,7 @@ def test_expected_graphs_have_no_bounds(make_harness, operations, kind: str) -> 
 
 def test_layers_with_different_heads_share_one_tensor(make_harness, same_as_stock) -> None:
     def layers(many, few, declined):
-        masked = F.scaled_dot_product_attention(declined[0], declined[3], declined[4], enable_gqa=True)
+        masked = F.scaled_dot_product_attention(declined[0], declined[3], declined[4], is_causal=True, enable_gqa=True)
         return static_layer(*few), masked, static_layer(*many)
 
     harness = make_harness(Options(guarantee="worst_case", min_context=0))

@@ -79,10 +79,11 @@ def test_the_bound_is_reached_within_an_order_of_magnitude_by_adversarial_rows()
     assert float(errors.max()) > float(bounds.max()) / 10
 
 
+@pytest.mark.parametrize("above", [False, True])
 @pytest.mark.parametrize(("strength", "score"), MISREAD)
-def test_a_row_that_4_bits_read_as_nothing_is_not_lost(strength: float, score: float) -> None:
-    """Its score is read lower by more than any bound that ``e^d`` of a float can hold, so that its weight vanishes."""
-    case = misread_case(strength, score)
+def test_a_row_that_4_bits_misread_is_not_lost(strength: float, score: float, above: bool) -> None:
+    """Its score is read wrong by more than any bound that ``e^d`` of a float can hold: its weight vanishes, or all others."""
+    case = misread_case(strength, score, above=above)
     output, bounds, _ = certified(case)
     assert float(certified_errors(case, output)) <= float(bounds) + FLOAT32 / case.roundoff
 
@@ -134,10 +135,10 @@ def test_planes_keep_half_a_step_and_the_stated_slack(dim: int, seed: int, tail:
         (rows, rows.double(), float(CODE_SLACK)),
     ):
         scale = numbers.abs().amax(-1) * (16 / 15)
-        high, middle = (plane[:, :dim].double() for plane in encode(numbers, scale, positions))
+        hi, mid = (plane[:, :dim].double() for plane in encode(numbers, scale, positions))
         dither = ((positions * 2654435769 & 0xFFFFFFFF).double() - 2**31) * 2.0**-32
-        at_4 = (high - 7.5 - dither[:, None]) * (scale[:, None].double() / 8)
-        at_8 = at_4 + (middle - 7.5) * (scale[:, None].double() / 128)
+        at_4 = (hi - 7.5 - dither[:, None]) * (scale[:, None].double() / 8)
+        at_8 = at_4 + (mid - 7.5) * (scale[:, None].double() / 128)
         for bits, found in ((4, at_4), (8, at_8)):
             bound = scale.double() * (2.0**-bits + slack)
             assert bool(((found - truth).abs().amax(-1) <= bound).all()), bits

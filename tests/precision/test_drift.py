@@ -16,7 +16,8 @@ import torch
 
 from alignedkv_compile import formula_page, precision, reference_worst_case, worst_case
 from alignedkv_compile.layout import ArenaLayout
-from alignedkv_compile.lowering.attention import Constants, _certified_formulas, _formulas
+from alignedkv_compile.lowering.constants import SHARED, option_constants, print_cpp
+from alignedkv_compile.lowering.formulas import certified_formulas, policy_formulas
 from alignedkv_compile.precision import EXPRESSIONS, evaluate
 from alignedkv_compile.reference_head import weight_error
 from alignedkv_compile.worst_case import WORST_CASE
@@ -79,19 +80,19 @@ def test_reference_weight_error_is_the_expression() -> None:
     torch.testing.assert_close(weight_error(sigma), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
-CONSTANTS = Constants(64, 96, 1, 1, 0.125, 2.0, 2**-8, 0, None, 0)  # type: ignore[arg-type]
+CONSTANTS = print_cpp({**SHARED, **option_constants(2.0, 2.0**-8, 0)})
 
 
 @pytest.fixture(scope="module")
 def kernel_formulas(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The formulas of the read policy exactly as the kernel template gets them."""
-    return compile_formulas(_formulas(CONSTANTS, 2), tmp_path_factory.mktemp("formulas"))
+    return compile_formulas(f"{CONSTANTS}\n{policy_formulas(64, 96, 2)}", tmp_path_factory.mktemp("formulas"))
 
 
 @pytest.fixture(scope="module")
-def certified_formulas(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def kernel_certificate(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The same of the certified read."""
-    return compile_formulas(_certified_formulas(CONSTANTS), tmp_path_factory.mktemp("certified"))
+    return compile_formulas(f"{CONSTANTS}\n{certified_formulas(64, 96)}", tmp_path_factory.mktemp("certified"))
 
 
 def compile_formulas(text: str, folder: Path) -> ctypes.CDLL:
@@ -153,9 +154,9 @@ def test_generated_cpp_computes_the_expression(kernel_formulas: ctypes.CDLL, nam
 
 
 @pytest.mark.parametrize("function", list(CERTIFIED_CPP_NAMES))
-def test_generated_cpp_computes_the_certificate(certified_formulas: ctypes.CDLL, function: str) -> None:
+def test_generated_cpp_computes_the_certificate(kernel_certificate: ctypes.CDLL, function: str) -> None:
     name, arguments = CERTIFIED_CPP_NAMES[function]
-    check_function(certified_formulas, function, WORST_CASE[name], arguments)
+    check_function(kernel_certificate, function, WORST_CASE[name], arguments)
 
 
 def test_every_formula_of_the_certificate_is_printed() -> None:
@@ -179,7 +180,7 @@ def constant(library: ctypes.CDLL, name: str) -> float:
     return float(function())
 
 
-def test_generated_cpp_holds_the_constants_of_the_certificate(certified_formulas: ctypes.CDLL) -> None:
+def test_generated_cpp_holds_the_constants_of_the_certificate(kernel_certificate: ctypes.CDLL) -> None:
     expected = {
         "VALUE_BOUND_4": sympy_value(WORST_CASE["value_bound"], {"s_V": 1.0, "D": 96.0, "b": 4.0}),
         "VALUE_BOUND_8": sympy_value(WORST_CASE["value_bound"], {"s_V": 1.0, "D": 96.0, "b": 8.0}),
@@ -194,7 +195,7 @@ def test_generated_cpp_holds_the_constants_of_the_certificate(certified_formulas
         "ROUNDOFF": 2.0**-8,
     }
     for name, value in expected.items():
-        assert constant(certified_formulas, name) == pytest.approx(value, rel=2.0**-23), name
+        assert constant(kernel_certificate, name) == pytest.approx(value, rel=2.0**-23), name
 
 
 def test_generated_cpp_holds_the_coefficients_and_constants(kernel_formulas: ctypes.CDLL) -> None:
@@ -209,8 +210,8 @@ def test_generated_cpp_holds_the_coefficients_and_constants(kernel_formulas: cty
             assert call(q) == pytest.approx(expected, rel=2.0**-23)
         expected = sympy_value(EXPRESSIONS["value_coefficient"], {"D": 96.0, "b": float(bits)})
         assert value(f"VALUE_COEFFICIENT_{bits}") == pytest.approx(expected, rel=2.0**-23)
-    ratios = precision.middle_ratios(ArenaLayout(1, 1, 64, 96), 2)
-    assert (value("KEY_MIDDLE_RATIO"), value("VALUE_MIDDLE_RATIO")) == pytest.approx(ratios, rel=2.0**-23)
+    ratios = precision.mid_ratios(ArenaLayout(1, 1, 64, 96), 2)
+    assert (value("KEY_MID_RATIO"), value("VALUE_MID_RATIO")) == pytest.approx(ratios, rel=2.0**-23)
     assert value("ALPHA") == 2.0
     assert value("ROUNDOFF") == 2.0**-8
     assert value("STREAM_FRACTION") == pytest.approx(float(precision.STREAM_FRACTION), rel=2.0**-23)

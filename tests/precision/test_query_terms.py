@@ -8,8 +8,8 @@ from cases import added_error_in_rho, make_case, run_reference, write_planes
 
 from alignedkv_compile import reference, reference_query
 from alignedkv_compile.layout import HEADROOM
-from alignedkv_compile.precision import TERM_RATIO, evaluate
-from alignedkv_compile.reference_head import INT8_MAX, dither, hadamard
+from alignedkv_compile.precision import INT8_MAX, TERM_RATIO, evaluate
+from alignedkv_compile.reference_head import dither, hadamard
 from alignedkv_compile.reference_query import Int8Query
 
 
@@ -29,13 +29,13 @@ def test_terms_are_int8_and_the_second_is_finer() -> None:
 
 @pytest.mark.parametrize("dim", [32, 128])
 def test_variance_of_a_score_read_at_8_bits(dim: int) -> None:
-    """That of the key's own error and 1% that the middle plane leaves out: an expectation over queries and keys."""
+    """That of the key's own error and 1% that the mid plane leaves out: an expectation over queries and keys."""
     generator = torch.Generator().manual_seed(dim)
     key, query = (hadamard(torch.randn(rows, dim, generator=generator)) for rows in (3000, 200))
     positions, scale = torch.arange(len(key)), key.abs().amax(-1) * HEADROOM
-    high, middle = (plane[:, :dim].float() for plane in reference.encode(key, scale, positions))
+    hi, mid = (plane[:, :dim].float() for plane in reference.encode(key, scale, positions))
     rounded = Int8Query.rounded(query)
-    scores = rounded.coarse_scores(high, dither(positions), scale, 1.0) + rounded.middle_scores(middle, scale, 1.0)
+    scores = rounded.hi_scores(hi, dither(positions), scale, 1.0) + rounded.mid_scores(mid, scale, 1.0)
     error = scores.double() - query.double() @ key.double().T
     own = evaluate("key_coefficient", b=8, q=1.0) * query.norm(dim=-1)[:, None] * scale
     assert float((error / own).square().mean()) == pytest.approx(1.01, abs=0.01)
