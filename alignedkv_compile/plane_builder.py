@@ -41,15 +41,7 @@ class PlaneBuilder:
         self._compiled: dict[Hashable, list[torch_private.GuardedGraph]] = {}
 
     def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
-        """Make ``planes`` what writing rows ``[0, rows)`` of the cache, and no others, would have made of an empty arena.
-
-        Args:
-            planes: uint8 arena for the capacity of ``key``; marked stale first and valid at the end, so that an exception
-                leaves it stale.
-            key: ``[B, H, C, Dk]``.
-            value: ``[B, H, C, Dv]``, same dtype.
-            rows: ``<= C``.
-        """
+        """See :class:`alignedkv_compile.state.stores.Builder`."""
         with torch_private.normal_tensors():
             planes.zero_()
             if rows > 0:

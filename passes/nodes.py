@@ -169,6 +169,21 @@ def is_metadata(node: Node) -> bool:
     return name in METADATA and (name != "getattr" or node.args[1] in _METADATA_ATTRIBUTES)
 
 
+def concatenated(node: Node, dim: int) -> tuple[Node, Node] | None:
+    """``(x, y)`` of ``cat((x, y), dim)`` of four-dimensional tensors, or None."""
+    if operation(node) not in ("cat", "concat", "concatenate"):
+        return None
+    bound = arguments(node, ("tensors", "dim"))
+    parts, along = bound.get("tensors"), bound.get("dim", bound.get("axis", 0))
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or along not in (dim, dim - 4):
+        return None
+    left, right = parts
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    tensors = tensor_of(left), tensor_of(right)
+    return (left, right) if all(tensor is not None and tensor.dim() == 4 for tensor in tensors) else None
+
+
 def row_slice(node: Node) -> slice | None:
     """``s`` of ``x[:, :, s]`` or ``x[:, :, s, :]``, or None."""
     index, whole = node.args[1] if operation(node) == "getitem" else None, slice(None, None, None)

@@ -15,7 +15,7 @@ from alignedkv_compile.reasons import Reason
 
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, arguments, depends_on_data, example, fake, is_metadata, operation, tensor_of
+from ..nodes import Declined, concatenated, depends_on_data, example, fake, is_metadata, operation
 from ..symbols import express, inputs_by_symbol, is_expressible
 from ..views import fold
 
@@ -31,17 +31,8 @@ class Concatenation:
 
 def concatenation(node: Node) -> Concatenation | None:
     """A concatenation of a 4-D graph input with new rows, or None."""
-    if operation(node) not in ("cat", "concat", "concatenate"):
-        return None
-    bound = arguments(node, ("tensors", "dim"))
-    tensors, dim = bound.get("tensors"), bound.get("dim", bound.get("axis", 0))
-    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or dim not in (2, -2):
-        return None
-    past, new = tensors
-    fakes = tensor_of(past), tensor_of(new)
-    if any(tensor is None or tensor.dim() != 4 for tensor in fakes) or operation(past) != "placeholder":
-        return None
-    return Concatenation(node, past, new)
+    parts = concatenated(node, 2)
+    return None if parts is None or operation(parts[0]) != "placeholder" else Concatenation(node, *parts)
 
 
 def metadata_readers(parts: Concatenation) -> tuple[Node, ...]:

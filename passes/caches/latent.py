@@ -35,7 +35,7 @@ from alignedkv_compile.torch_private import FakeTensor
 from ..attention import check_cache_pair, check_head_dim
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, arguments, constant, fake, operation, same, tensor_of
+from ..nodes import Declined, arguments, concatenated, constant, fake, operation, same, tensor_of
 from ..records import AttentionSite
 from ..replace_attention import CacheRead
 from ..views import head_repeats
@@ -47,7 +47,6 @@ UNCERTIFIABLE = (
 )
 
 _EXPANSIONS = ("expand", "expand_as", "broadcast_to")
-_CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
 @dataclass(frozen=True)
@@ -299,12 +298,9 @@ def _assembly(key: Node, facts: GraphFacts) -> _Assembly | None:
     tensor = tensor_of(key)
     if tensor is None or tensor.dim() != 4:
         return None
-    if operation(key) in _CONCATENATIONS:
-        bound = arguments(key, ("tensors", "dim"))
-        parts, dim = bound.get("tensors"), bound.get("dim", bound.get("axis", 0))
-        if dim not in (3, -1) or not isinstance(parts, (list, tuple)) or len(parts) != 2 or facts.writers(key):
-            return None
-        return _assembled(key, parts[0], parts[1], (key,), (key,))
+    parts = concatenated(key, 3)
+    if parts is not None:
+        return None if facts.writers(key) else _assembled(key, *parts, (key,), (key,))
     if operation(key) != "new_empty":
         return None
     writers = facts.writers(key)

@@ -43,7 +43,7 @@ from alignedkv_compile.state.windows import Window, Windows, window_capacity
 from ..attention import check_cache_pair, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, arguments, constant, fake, operation, row_slice, same, tensor_of
+from ..nodes import Declined, arguments, concatenated, constant, fake, operation, row_slice, same, tensor_of
 from ..records import AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, replace_attention
 from ..views import Fold, head_repeats
@@ -322,16 +322,8 @@ def _concatenated(cache: Node, source: Node, write: Node, facts: GraphFacts) -> 
 
 def _old_and_new(node: Node) -> tuple[Node, Node] | None:
     """``(old, new)`` of ``cat((old, new), 2)`` where ``old`` is a slice."""
-    if operation(node) not in ("cat", "concat", "concatenate"):
-        return None
-    bound = arguments(node, ("tensors", "dim"))
-    tensors, dim = bound.get("tensors"), bound.get("dim", bound.get("axis", 0))
-    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or dim not in (2, -2):
-        return None
-    old, new = tensors
-    if not isinstance(old, Node) or not isinstance(new, Node) or operation(old) != "getitem":
-        return None
-    return old, new
+    parts = concatenated(node, 2)
+    return parts if parts is not None and operation(parts[0]) == "getitem" else None
 
 
 def _is_tail(node: Node) -> bool:
