@@ -45,6 +45,14 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+def slowly(*values: object) -> list[object]:
+    """Parameters for `make test-all` only: each costs a compilation, some for every instruction set."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+COMPILED = [*slowly("softcap", "sinks"), "both"]
+
+
 def variant(name: str, **fields: object) -> Case:
     """Scores of up to 25, of which the cap leaves half."""
     return make_case(**{"group": 3, "rows": 900, "peak": 6.0, **VARIANTS[name], **fields})  # type: ignore[arg-type]
@@ -69,7 +77,7 @@ def test_references_keep_the_tolerance(name: str, order: str, peak: float) -> No
     assert result.counts["bytes_read"] < 0.9 * result.counts["bytes_full"]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_kernels_agree_with_the_reference(isa: str, name: str) -> None:
     case = variant(name)
     planes = write_planes(case)
@@ -82,7 +90,7 @@ def test_kernels_agree_with_the_reference(isa: str, name: str) -> None:
     assert relative_errors(run_kernel(case, planes).output, exact(case)).max() <= 8 * SUM_ERROR
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_certified_kernels_agree_with_the_reference(isa: str, name: str) -> None:
     case = variant(name, tolerance=8.0)
     planes = write_planes(case)
@@ -98,7 +106,7 @@ def test_certified_kernels_agree_with_the_reference(isa: str, name: str) -> None
 @pytest.mark.parametrize(
     "name", ["random", "finfo.min", "position bias per head", "some rows prohibited", "nothing allowed (bool)"]
 )
-@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+@pytest.mark.parametrize("tolerance", [*slowly(0.0), 2.0])
 def test_masks(name: str, tolerance: float) -> None:
     """The mask is added to capped scores and takes nothing off a sink; a row that attends to nothing gives zeros."""
     rows = 600
@@ -119,7 +127,7 @@ def test_masks(name: str, tolerance: float) -> None:
         assert not kernel.output[nothing].any()
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+@pytest.mark.parametrize("tolerance", [*slowly(0.0), 2.0])
 def test_a_sink_of_minus_infinity_changes_nothing(tolerance: float) -> None:
     case = make_case(rows=700, tolerance=tolerance)
     planes = write_planes(case)
@@ -128,7 +136,9 @@ def test_a_sink_of_minus_infinity_changes_nothing(tolerance: float) -> None:
         assert torch.equal(run(none, planes).output, run(case, planes).output)
 
 
-@pytest.mark.parametrize("sink", [45.0, 80.0, 300.0, math.nan])
+@pytest.mark.parametrize(
+    "sink", [45.0, pytest.param(80.0, marks=pytest.mark.slow), 300.0, pytest.param(math.nan, marks=pytest.mark.slow)]
+)
 def test_a_sink_that_takes_nearly_everything(sink: float) -> None:
     """What it leaves is right as far as float32 holds it, whose squares it leaves long before."""
     case = make_case(rows=700, peak=0.3, sinks=torch.full((6,), sink), tolerance=2.0)
@@ -143,7 +153,7 @@ def test_a_sink_that_takes_nearly_everything(sink: float) -> None:
                 assert float(output.abs().max()) <= 2 * float(expected.abs().max()) + 1e-38
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+@pytest.mark.parametrize("tolerance", [*slowly(0.0), 2.0])
 def test_a_cap_far_above_the_scores_changes_nothing(tolerance: float) -> None:
     """tanh keeps its relative accuracy where its argument is tiny."""
     case = make_case(rows=700, peak=4.0, tolerance=tolerance, softcap=1e8)
@@ -169,7 +179,7 @@ def test_bits_are_added_to_scores_before_the_cap(strength: float) -> None:
     assert run_kernel(case, planes).counts["key_rows_full"] == 40
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_threads_share_a_head(name: str) -> None:
     case = variant(name, heads=1, group=6, rows=1500)
     planes = write_planes(case)
@@ -188,7 +198,10 @@ def test_threads_share_a_head(name: str) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float32, torch.float64))],
+)
 def test_sinks_of_every_dtype_and_stride(dtype: torch.dtype) -> None:
     case = without_planes(make_case(rows=200, sinks=torch.randn(12).to(dtype)[::2]))
     assert relative_errors(run_kernel(case, None).output, exact(case)).max() <= 8 * SUM_ERROR

@@ -30,13 +30,15 @@ VARIANTS: dict[str, dict[str, object]] = {
     "sinks": {"sinks": SINKS},
     "both": {"softcap": 12.0, "sinks": SINKS.bfloat16()},
 }
+COMPILED = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("softcap", "sinks")), "both"]
+"""Each takes seconds in the interpreter; both at once is what the fast run takes."""
 
 
 def variant(name: str, **fields: object) -> Case:
     return make_case(**{"group": 3, "rows": 900, "peak": 6.0, **VARIANTS[name], **fields})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_agrees_with_the_reference(name: str) -> None:
     case = variant(name)
     planes = write_planes(case)
@@ -59,7 +61,7 @@ def test_tolerance_zero(planes: bool) -> None:
 @pytest.mark.parametrize(
     "name", ["random", "finfo.min", "position bias per head", "some rows prohibited", "nothing allowed (bool)"]
 )
-@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+@pytest.mark.parametrize("tolerance", [pytest.param(0.0, marks=pytest.mark.slow), 2.0])
 def test_masks(name: str, tolerance: float) -> None:
     rows = 400
     case = variant("both", batch=2, query_rows=4, rows=rows, mask=masks(rows)[name], tolerance=tolerance)
