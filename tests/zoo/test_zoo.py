@@ -89,7 +89,7 @@ def forgets_the_last_row(
     compiled, report = zoo_backend.pass_only(gm, example_inputs, options)
 
     def call(*inputs: object) -> Sequence[object]:
-        caches = [one for one in inputs if isinstance(one, torch.Tensor) and one.dim() == 4]
+        caches = [one for one in inputs if isinstance(one, torch.Tensor) and one.dim() == 4 and one.is_contiguous()]
         before = [cache.clone() for cache in caches]
         outputs = compiled(*inputs)
         for cache, old in zip(caches, before, strict=True):
