@@ -78,6 +78,7 @@ def _site(candidate: CandidateCall, facts: GraphFacts) -> AttentionSite | None:
             raise Declined(Reason.GRADIENTS, "an input requires grad while grad mode is on: the backend is for inference only")
         if candidate.call.refusal:
             raise Declined(Reason.WEIGHTS_READ, candidate.call.refusal)
+        _check_unchanged(candidate, facts)
         return kinds[0].site(candidate, facts)
     for base, kind in zip(bases, kinds, strict=True):
         cache = None if kind is not None else _cache_behind(base, facts)
@@ -86,6 +87,18 @@ def _site(candidate: CandidateCall, facts: GraphFacts) -> AttentionSite | None:
     if kinds != [None, None] and any(facts.writers(base) or facts.is_returned(base) for base in bases):
         raise Declined(Reason.MIXED_CACHES, "K and V come from different kinds of cache, or one of them from none")
     return None
+
+
+def _check_unchanged(candidate: CandidateCall, facts: GraphFacts) -> None:
+    """Refuse a written-out attention whose operands change on its way: the read that replaces it reads them at its end.
+
+    Raises:
+        Declined: naming the operand.
+    """
+    call = candidate.call
+    for operand in (candidate.key.base, *call.operands):
+        if isinstance(operand, Node) and facts.written_between(operand, call.scores, call.node):
+            raise Declined(Reason.WRITE_ORDER, f"{operand.name} is written between the scores and the output of the attention")
 
 
 def _cache_behind(node: Node, facts: GraphFacts, depth: int = 4) -> Node | None:

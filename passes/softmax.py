@@ -26,6 +26,8 @@ from .nodes import arguments, is_metadata, mutated_by, operation, same, tensor_o
 from .records import AttentionCall, MaskTerm
 from .views import FOLDED_KEY, FOLDED_VALUE, PLAIN, TRANSPOSED_KEY, is_cast, is_regrouping
 
+SMALLEST_FACTOR = 2.0**-8
+"""What a mask or a least value may be multiplied by afterwards and still prohibit; a negative number would turn it round."""
 _PRODUCTS = ("matmul", "bmm")
 _ADDITIONS = ("add", "iadd", "add_")
 _MULTIPLICATIONS = ("mul", "imul", "mul_")
@@ -65,7 +67,7 @@ def written_out_call(node: Node) -> AttentionCall | None:
     query, key, extra = _product(scores)
     if query is None or key is None:
         return None
-    if extra is not None and (walk.softcap or walk.factor < 0):
+    if extra is not None and (walk.softcap or walk.factor < SMALLEST_FACTOR):
         return None
     masks = (*walk.masks, *((replace(extra, factor=walk.factor),) if extra is not None else ()))
     folded = operation(scores) != "matmul"
@@ -167,13 +169,13 @@ def _per_head(sinks: Node) -> Node | None:
 def _mask_step(node: Node, walk: _Walk) -> Node | None:
     """A bias or mask added, or logits replaced by a least value."""
     name, tensor = operation(node), tensor_of(node)
-    if tensor is None or walk.softcap:
+    if tensor is None or walk.softcap or walk.factor < SMALLEST_FACTOR:
         return None
     folded = tensor.dim() == 3
     if name in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
         before, mask = _score_and_other(node)
         bias = tensor_of(mask)
-        if before is None or not isinstance(mask, Node) or bias is None or not bias.is_floating_point() or walk.factor < 0:
+        if before is None or not isinstance(mask, Node) or bias is None or not bias.is_floating_point():
             return None
         walk.masks.append(MaskTerm(mask, folded=folded, factor=walk.factor))
         return before

@@ -73,6 +73,22 @@ def with_sinks(t):
     return torch.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1] @ value
 
 
+def key_written_on_the_way(t):
+    key, value = written(t)
+    scores = t["q"] @ key.transpose(2, 3)
+    t["K"].index_copy_(2, t["at"], t["k"] * 2)
+    t["V"].index_copy_(2, t["at"], t["v"] * 2)
+    return scores.softmax(-1) @ value
+
+
+def query_written_on_the_way(t):
+    key, value = written(t)
+    query = t["q"] * 1.0
+    scores = query @ key.transpose(2, 3)
+    query.mul_(2)
+    return scores.softmax(-1) @ value
+
+
 def in_double_and_back(t):
     key, value = written(t)
     logits = torch.matmul(t["q"].float(), key.float().transpose(-1, -2)) / 4.0 + t["mask"]
@@ -199,6 +215,10 @@ NEAR_MISSES: dict[str, Callable[..., torch.Tensor]] = {
     "sinks per batch entry": lambda t: (
         torch.cat([t["q"] @ written(t)[0].transpose(2, 3), t["q"][:, :, :, :1]], -1).softmax(-1)[..., :-1] @ repeat_kv(t["V"])
     ),
+    "keys written on the way": key_written_on_the_way,
+    "query written on the way": query_written_on_the_way,
+    "mask turned round": form(lambda t, x: x.masked_fill(~t["attends"], LEAST) * -0.25),
+    "clamp turned round": form(lambda t, x: torch.max(x, torch.tensor(LEAST)) * -1.0),
     "clamped from above": form(lambda t, x: torch.clamp(x, max=1.0)),
     "a bias inside the cap": form(lambda t, x: 30.0 * torch.tanh((x + t["bias"]) / 30.0)),
     "scores scaled by a tensor": form(lambda t, x: x * t["bias"]),
