@@ -40,12 +40,15 @@ def metadata_readers(parts: Concatenation) -> tuple[Node, ...]:
     return tuple(reader for tensor in (parts.past, parts.result) for reader in tensor.users if is_metadata(reader))
 
 
-def check_lengths(key: Concatenation, value: Concatenation) -> None:
+def check_lengths(key: Concatenation, value: Concatenation, facts: GraphFacts) -> None:
     """Past and new rows must be as many in K as in V; Dynamo gives each its own symbol, so a guard says so.
 
     Raises:
-        Declined: they are not.
+        Declined: they are not, or new rows change before both are concatenated.
     """
+    first, last = sorted((key.result, value.result), key=facts.order.__getitem__)
+    if any(facts.written_between(new, first, last) for new in (key.new, value.new)):
+        raise Declined(Reason.WRITE_ORDER, "the new rows change between the concatenations of K and of V")
     for name, left, right in (("past", key.past, value.past), ("new rows", key.new, value.new)):
         sizes = (fake(left).shape[2], fake(right).shape[2])
         if any(map(depends_on_data, sizes)):

@@ -81,7 +81,7 @@ class CroppedKind:
         if not is_prefill(candidate.call):
             for crop, name in ((key, "K"), (value, "V")):
                 check_readers(crop.parts, name, facts, frozenset([crop.kept]))
-            check_lengths(key.parts, value.parts)
+            check_lengths(key.parts, value.parts, facts)
         return site_over(candidate.call, self, candidate.index, *operands)
 
     def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> CroppedPair | None:

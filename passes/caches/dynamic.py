@@ -76,7 +76,7 @@ class DynamicKind:
         if not is_prefill(candidate.call):
             for part, name in zip(parts, ("K", "V"), strict=True):
                 check_readers(part, name, facts, frozenset())
-            check_lengths(*parts)
+            check_lengths(*parts, facts)
         return site_over(candidate.call, self, candidate.index, key, value)
 
     def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> AppendPair | None:

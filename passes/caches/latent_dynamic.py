@@ -69,7 +69,7 @@ class LatentDynamicKind:
                 if not is_prefill(candidate.call):
                     check_readers(parts, name, facts, frozenset(found.nodes))
             if not is_prefill(candidate.call):
-                check_lengths(latent, rope)
+                check_lengths(latent, rope, facts)
             key = CacheOperand(latent.past, found.key, candidate.key.chain, 1)
             value = CacheOperand(rope.past, found.value, candidate.value.chain, 1)
             return site_over(candidate.call, self, candidate.index, key, value)
