@@ -5,12 +5,15 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Tests compile much and wait for one compiler at a time, so each core gets a process; TEST_JOBS=0 runs them in one.
+TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BENCH_ARGS ?=
 GPU_PYTHON ?= python3
 DEMO_ARGS ?=
 EVAL_ARGS ?=
 ZOO_ARGS ?=
 
+PARALLEL := -n $(TEST_JOBS) --dist worksteal
 VENV := .venv
 # Beside a CPU build of torch only: GPU builds come with a triton of their own, which a constraint would contradict.
 TRITON := triton==3.9.0
@@ -57,14 +60,14 @@ docs: $(STAMP)  ## write docs/formulas.md from the error model, and docs/decline
 	$(BIN)/python -m alignedkv_compile.decline_page docs/declined.md
 
 test: $(STAMP)  ## the fast tests and one end-to-end run of a real model
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## everything, with many more property-test examples
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-torch: $(TORCH_STAMP)  ## what depends on torch's insides, with another release: TORCH=2.11.0
 	$(TORCH_VENV)/bin/python -c "import torch; print('torch', torch.__version__)"
-	$(TORCH_VENV)/bin/python -m pytest -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
+	$(TORCH_VENV)/bin/python -m pytest -m "not slow" $(TORCH_TESTS) $(PARALLEL) $(PYTEST_ARGS)
 
 # The pins of constraints.txt but for torch, setuptools (torch 2.11 and 2.12 want one before 82) and numpy (the interpreter of
 # triton 3.6, which belongs to torch 2.11, wants one before 2.4).

@@ -185,7 +185,7 @@ def _read_pair(
     limits = _limits(call, rows, scores)
     if limits is None:
         return None
-    output = _finish(call, views, head, rows, share, splits, scores, limits, counts)
+    output = Finish(call, views, head, rows, share, splits, scores, limits, counts).run()
     if output is None:
         counts.pairs_misjudged += 1
         again = ReadCounts()
@@ -259,105 +259,163 @@ def _limits(call: HeadCall, rows: Rows, scores: torch.Tensor) -> Limits | None:
     return Limits(log2_total, radius, *columns, rms=rms, live_rows=live_rows)  # type: ignore[misc, arg-type]
 
 
-def _finish(
-    call: HeadCall,
-    views: ArenaViews,
-    head: int,
-    rows: Rows,
-    share: torch.Tensor,
-    splits: int,
-    scores: torch.Tensor,
-    limits: Limits,
-    counts: ScanCounts,
-) -> torch.Tensor | None:
-    """The rows that the limits ask for, and the sum; None where it turns out that the limits were wrong."""
-    length, key_dim, value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
-    plane_key, plane_value = views.key_mid.shape[-1], views.value_mid.shape[-1]
-    row_key, row_value = (dim * call.key.element_size() for dim in (key_dim, value_dim))
-    mid_key, mid_value = mid_ratios(ArenaLayout(1, 1, key_dim, value_dim), call.key.element_size())
-    value_8 = evaluate("value_coefficient", b=8, D=value_dim)
-    theta, key_4 = limits.theta[:, None], limits.key_4[:, None]
-    weights = torch.exp2(scores - limits.log2_total[:, None])
+class Finish:
+    """``finish`` of one pair, all programs at once, in the steps of ``finish.py.jinja``; :meth:`run` is their order.
 
-    # 1. the rows to be read, and block means for the others
-    spread = (rows.norm.square() + limits.radius[:, None].square()).sqrt()
-    errors = weights * spread * weight_error(rows.key_scale * key_4)
-    refined = (errors * mid_key > theta).any(0) & rows.live
-    skip_errors = weights * rows.norm.clamp_min(limits.rms)
-    kept = rows.live & (refined | ~rows.skippable | (skip_errors > limits.tau[:, None]).any(0))
-    value_errors = weights * rows.value_scale * value_8
-    full_key = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
-    refinement = plane_key * (2 if call.softcap > 0 else 1)
-    predicted = refined * refinement + full_key * row_key + kept * plane_value
-    predicted = predicted + (kept & (value_errors * PLANE_RATIO * mid_value > theta).any(0)) * plane_value
-    predicted = predicted + (kept & (value_errors > theta).any(0)) * row_value
-    alone = torch.zeros_like(rows.live)
-    for program in range(splits):
-        own = (share == program) & rows.live
-        if float(predicted[own].sum()) > float(STREAM_FRACTION) * int(own.sum()) * (row_key + row_value):
-            counts.shares_streamed += 1
-            alone |= own
-    counts.candidates += int(kept.sum())
-    blocks = rows.means.shape[0]
-    skipped = (weights * ~(kept | alone) * rows.live).nan_to_num(0.0)
-    mass = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - length)).view(-1, blocks, BLOCK_ROWS).sum(-1)
-    counts.bytes_read += int((mass > 0).any(0).sum()) * (4 + 4 * value_dim)
+    Attributes:
+        theta: float32 ``[M, 1]``, then ``[M, T]``: each program takes what K at 4 bits has spent in its share for the pair's.
+        refined, kept, alone: bool ``[T]``: rows of K that are read at 8 bits, rows of V that are read, rows that are streamed.
+    """
 
-    # what rows of K left at 4 bits have spent of the budget, each program for all
-    spent = torch.where(rows.live & ~refined, errors, 0.0).square().nan_to_num(0.0)
-    theta = torch.stack([limits.after(spent[:, share == program].sum(-1) * splits) for program in range(splits)])[share].T
-    refined, kept = refined & ~alone, kept & ~alone
+    def __init__(
+        self,
+        call: HeadCall,
+        views: ArenaViews,
+        head: int,
+        rows: Rows,
+        share: torch.Tensor,
+        splits: int,
+        scores: torch.Tensor,
+        limits: Limits,
+        counts: ScanCounts,
+    ) -> None:
+        self.call, self.views, self.head, self.rows = call, views, head, rows
+        self.share, self.splits, self.scores, self.limits, self.counts = share, splits, scores, limits, counts
+        self.length, self.key_dim, self.value_dim = call.key.shape[0], call.key.shape[-1], call.value.shape[-1]
+        self.plane_key, self.plane_value = views.key_mid.shape[-1], views.value_mid.shape[-1]
+        self.row_key, self.row_value = (dim * call.key.element_size() for dim in (self.key_dim, self.value_dim))
+        self.refinement = self.plane_key * (2 if call.softcap > 0 else 1)
+        self.mid_key, self.mid_value = mid_ratios(ArenaLayout(1, 1, self.key_dim, self.value_dim), call.key.element_size())
+        self.value_8 = evaluate("value_coefficient", b=8, D=self.value_dim)
+        self.theta, self.key_4 = limits.theta[:, None], limits.key_4[:, None]
+        self.spread = (rows.norm.square() + limits.radius[:, None].square()).sqrt()
 
-    # 2. four more bits of K; 3. the rows of K that deserve all
-    mid = unpack_row_order(views.key_mid[head, :length])[:, :key_dim].float()
-    query = Int8Query.rounded(hadamard(call.query))
-    mid_scores = query.mid_scores(mid, rows.key_scale, call.scale, terms=2)
-    if call.softcap > 0:  # what is added belongs under the cap: those rows' 4-bit plane is read again
-        finer = masked_scores(call, _hi_scores(call, views, head, rows) + mid_scores) * math.log2(math.e)
-    else:
-        finer = scores + mid_scores * math.log2(math.e)
-    scores = torch.where(refined, finer, scores)
-    weights = torch.exp2(scores - limits.log2_total[:, None])
-    exact = refined & (weights * spread * rows.key_scale * key_4 > 16 * theta).any(0)
-    whole = exact | alone
-    keys = torch.where(whole[:, None], call.key.float(), 0.0)
-    scores = torch.where(whole, masked_scores(call, call.query @ keys.T * call.scale) * math.log2(math.e), scores)
-    weights = torch.where(scores == -math.inf, 0.0, torch.exp2(scores - limits.log2_total[:, None]))
+    def run(self) -> torch.Tensor | None:
+        """The output ``[M, Dv]``; None where it turns out that the limits were wrong."""
+        self.choose_rows()
+        self.stream_shares()
+        self.lower_theta()
+        self.skip_rows()
+        self.refine_keys()
+        self.exact_keys()
+        self.correct_values()
+        output = self.combine()
+        return None if self.misjudged(output) else output
 
-    # 4. rows of V
-    value_errors = weights * rows.value_scale * value_8
-    full = kept & (value_errors > theta).any(0)
-    finer = kept & ~full & (value_errors * PLANE_RATIO * mid_value > theta).any(0)
-    values = dequantize(unpack_row_order(views.value_hi[head, :length])[:, :value_dim], rows.value_scale, rows.offset)
-    nibbles = unpack_row_order(views.value_mid[head, :length])[:, :value_dim].float()
-    values = torch.where(
-        finer[:, None], values + (nibbles - NIBBLE_CENTER) * (rows.value_scale[:, None] * (MID_STEP / CODE_RANGE)), values
-    )
-    values = torch.where((full | alone)[:, None], call.value.float(), values)
-    used = kept | alone
-    total = weights[:, used].sum(-1) + mass.sum(-1)
-    if call.sinks is not None:
-        sinks = call.sinks * math.log2(math.e) - limits.log2_total
-        total = total + torch.where(call.sinks == -math.inf, 0.0, torch.exp2(sinks))
-    output = weights[:, used] @ values[used] + mass @ rows.means
-    output = output * torch.where(total > 0, 1 / total, 0.0)[:, None]
+    def choose_rows(self) -> None:
+        """The rows of K and V that the limits ask for."""
+        rows, weights = self.rows, self._weights()
+        self.errors = weights * self.spread * weight_error(rows.key_scale * self.key_4)
+        self.refined = (self.errors * self.mid_key > self.theta).any(0) & rows.live
+        skip_errors = weights * rows.norm.clamp_min(self.limits.rms)
+        chosen = (skip_errors > self.limits.tau[:, None]).any(0)
+        self.kept = rows.live & (self.refined | ~rows.skippable | chosen)
+        self.counts.candidates += int(self.kept.sum())
 
-    streamed = int(alone.sum())
-    counts.rows += int(rows.live.sum())
-    counts.bytes_full += int(rows.live.sum()) * (row_key + row_value)
-    counts.bytes_read += (
-        int(refined.sum()) * refinement + int((kept & ~full).sum()) * plane_value + int(finer.sum()) * plane_value
-    )
-    counts.bytes_read += (int(exact.sum()) + streamed) * row_key + (int(full.sum()) + streamed) * row_value
-    counts.key_rows_mid += int(refined.sum())
-    counts.key_rows_full += int(exact.sum()) + streamed
-    counts.value_rows_hi += int(kept.sum())
-    counts.value_rows_mid += int((finer | full).sum())
-    counts.value_rows_full += int(full.sum()) + streamed
+    def stream_shares(self) -> None:
+        """Programs whose rows are nearly all of their share, or more, stream it."""
+        rows, weights = self.rows, self._weights()
+        value_errors = weights * rows.value_scale * self.value_8
+        full_key = self.refined & self._deserves_full_key(weights)
+        predicted = self.refined * self.refinement + full_key * self.row_key + self.kept * self.plane_value
+        mid = (value_errors * PLANE_RATIO * self.mid_value > self.theta).any(0)
+        predicted = predicted + (self.kept & mid) * self.plane_value
+        predicted = predicted + (self.kept & (value_errors > self.theta).any(0)) * self.row_value
+        self.alone = torch.zeros_like(rows.live)
+        for program in range(self.splits):
+            own = (self.share == program) & rows.live
+            if float(predicted[own].sum()) > float(STREAM_FRACTION) * int(own.sum()) * (self.row_key + self.row_value):
+                self.counts.shares_streamed += 1
+                self.alone |= own
 
-    # 5. have the bits that were read shown the limits wrong?
-    norm = output.norm(dim=-1)
-    ratio = torch.where(norm > 0, limits.radius / norm, 0.0)
-    counts.largest_norm_ratio = max(counts.largest_norm_ratio, float(ratio.max()))
-    misjudged = (total.log2().abs() > math.log2(LARGEST_SHIFT)) | (norm * LARGEST_NORM_RATIO < limits.radius)
-    return None if bool((misjudged & (limits.radius > 0) & torch.isfinite(norm)).any()) else output
+    def lower_theta(self) -> None:
+        """What rows of K left at 4 bits have spent of the budget, each program for all."""
+        spent = torch.where(self.rows.live & ~self.refined, self.errors, 0.0).square().nan_to_num(0.0)
+        programs = range(self.splits)
+        thetas = [self.limits.after(spent[:, self.share == program].sum(-1) * self.splits) for program in programs]
+        self.theta = torch.stack(thetas)[self.share].T
+
+    def skip_rows(self) -> None:
+        """Block means for the rows that are not read."""
+        skipped = (self._weights() * ~(self.kept | self.alone) * self.rows.live).nan_to_num(0.0)
+        blocks = self.rows.means.shape[0]
+        padded = torch.nn.functional.pad(skipped, (0, blocks * BLOCK_ROWS - self.length))
+        self.mass = padded.view(-1, blocks, BLOCK_ROWS).sum(-1)
+        self.refined, self.kept = self.refined & ~self.alone, self.kept & ~self.alone
+        self.counts.bytes_read += int((self.mass > 0).any(0).sum()) * (4 + 4 * self.value_dim)
+
+    def refine_keys(self) -> None:
+        """Four more bits of K."""
+        call, rows = self.call, self.rows
+        mid = unpack_row_order(self.views.key_mid[self.head, : self.length])[:, : self.key_dim].float()
+        query = Int8Query.rounded(hadamard(call.query))
+        mid_scores = query.mid_scores(mid, rows.key_scale, call.scale, terms=2)
+        if call.softcap > 0:  # what is added belongs under the cap: those rows' 4-bit plane is read again
+            finer = masked_scores(call, _hi_scores(call, self.views, self.head, rows) + mid_scores) * math.log2(math.e)
+        else:
+            finer = self.scores + mid_scores * math.log2(math.e)
+        self.scores = torch.where(self.refined, finer, self.scores)
+        self.counts.bytes_read += int(self.refined.sum()) * self.refinement
+        self.counts.key_rows_mid += int(self.refined.sum())
+
+    def exact_keys(self) -> None:
+        """The rows of K that deserve all their bits, and those that are streamed."""
+        call = self.call
+        whole = self.alone | (self.refined & self._deserves_full_key(self._weights()))
+        keys = torch.where(whole[:, None], call.key.float(), 0.0)
+        products = masked_scores(call, call.query @ keys.T * call.scale) * math.log2(math.e)
+        self.scores = torch.where(whole, products, self.scores)
+        self.counts.key_rows_full += int(whole.sum())
+        self.counts.bytes_read += int(whole.sum()) * self.row_key
+
+    def correct_values(self) -> None:
+        """Rows of V at 4 bits, at 8, or in full."""
+        rows, value_scale = self.rows, self.rows.value_scale
+        value_errors = self._weights() * value_scale * self.value_8
+        full = self.kept & (value_errors > self.theta).any(0)
+        finer = self.kept & ~full & (value_errors * PLANE_RATIO * self.mid_value > self.theta).any(0)
+        hi, mid = (
+            unpack_row_order(plane[self.head, : self.length])[:, : self.value_dim]
+            for plane in (self.views.value_hi, self.views.value_mid)
+        )
+        values = dequantize(hi, value_scale, rows.offset)
+        both = values + (mid.float() - NIBBLE_CENTER) * (value_scale[:, None] * (MID_STEP / CODE_RANGE))
+        values = torch.where(finer[:, None], both, values)
+        self.values = torch.where((full | self.alone)[:, None], self.call.value.float(), values)
+        whole = int((full | self.alone).sum())
+        self.counts.value_rows_hi += int(self.kept.sum())
+        self.counts.value_rows_mid += int((finer | full).sum())
+        self.counts.value_rows_full += whole
+        self.counts.bytes_read += (int((self.kept & ~full).sum()) + int(finer.sum())) * self.plane_value
+        self.counts.bytes_read += whole * self.row_value
+
+    def combine(self) -> torch.Tensor:
+        """The weighted sum, in which block means answer for the rows not read."""
+        call, weights, used = self.call, self._weights(), self.kept | self.alone
+        total = weights[:, used].sum(-1) + self.mass.sum(-1)
+        if call.sinks is not None:
+            sinks = call.sinks * math.log2(math.e) - self.limits.log2_total
+            total = total + torch.where(call.sinks == -math.inf, 0.0, torch.exp2(sinks))
+        self.total = total
+        live_rows = int(self.rows.live.sum())
+        self.counts.rows += live_rows
+        self.counts.bytes_full += live_rows * (self.row_key + self.row_value)
+        output = weights[:, used] @ self.values[used] + self.mass @ self.rows.means
+        return output * torch.where(total > 0, 1 / total, 0.0)[:, None]
+
+    def misjudged(self, output: torch.Tensor) -> bool:
+        """Have the bits that were read shown the limits wrong?"""
+        norm, radius = output.norm(dim=-1), self.limits.radius
+        ratio = torch.where(norm > 0, radius / norm, 0.0)
+        self.counts.largest_norm_ratio = max(self.counts.largest_norm_ratio, float(ratio.max()))
+        wrong = (self.total.log2().abs() > math.log2(LARGEST_SHIFT)) | (norm * LARGEST_NORM_RATIO < radius)
+        return bool((wrong & (radius > 0) & torch.isfinite(norm)).any())
+
+    def _weights(self) -> torch.Tensor:
+        """float32 ``[M, T]`` over the pair's total at 4 bits."""
+        return torch.where(self.scores == -math.inf, 0.0, torch.exp2(self.scores - self.limits.log2_total[:, None]))
+
+    def _deserves_full_key(self, weights: torch.Tensor) -> torch.Tensor:
+        """bool ``[T]``: rows of K whose addend at 8 bits, a sixteenth of that at 4, is above theta."""
+        addends: torch.Tensor = weights * self.spread * self.rows.key_scale * self.key_4
+        return (addends > 16 * self.theta).any(0)

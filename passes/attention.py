@@ -96,7 +96,7 @@ def check_head_dim(size: int, name: str) -> None:
         Declined: naming the size.
     """
     if not 1 <= size <= MAX_HEAD_DIM:
-        raise Declined(Reason.SHAPE, f"head dimension {size} of {name} is above {MAX_HEAD_DIM}")
+        raise Declined(Reason.SHAPE, f"head dimension {size} of {name} is not from 1 to {MAX_HEAD_DIM}")
 
 
 def check_cache_pair(key: Node, value: Node) -> None:

@@ -106,7 +106,7 @@ class AttentionCall:
         scale: None for ``1/sqrt(Dk)``.
         softcap: 0 for none.
         sinks: node of ``[Hq]``, or None.
-        folded: whether batch and heads are one dimension.
+        folded: whether batch and heads are one dimension of query and keys.
         key_axes, value_axes: how the operands are laid out, see :mod:`.views`.
         inner: nodes between the operands and ``node``, which go when it does.
         refusal: why the call cannot be rewritten whatever it reads, or "".

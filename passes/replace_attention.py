@@ -166,7 +166,7 @@ def replace_attention(
         result = result if reads.finish is None else reads.finish(result)
         if fake(result).dtype != original.dtype:
             result = editor.method("to", result, original.dtype)
-        if site.call.folded:
+        if original.dim() == 3:
             result = editor.method("flatten", result, 0, 1)
         result = _with_strides_of(original, result, editor)
     result.meta["tensor_meta"] = site.attention.meta.get("tensor_meta")

@@ -71,8 +71,6 @@ def written_out_call(node: Node) -> AttentionCall | None:
         return None
     masks = (*walk.masks, *((replace(extra, factor=walk.factor),) if extra is not None else ()))
     folded = operation(scores) != "matmul"
-    if folded != (operation(node) == "bmm"):
-        return None
     inner = frozenset((*walk.inner, scores))
     return AttentionCall(
         node=node,
@@ -89,7 +87,7 @@ def written_out_call(node: Node) -> AttentionCall | None:
         sinks=walk.sinks,
         folded=folded,
         key_axes=FOLDED_KEY if folded else TRANSPOSED_KEY,
-        value_axes=FOLDED_VALUE if folded else PLAIN,
+        value_axes=FOLDED_VALUE if operation(node) == "bmm" else PLAIN,
         inner=inner,
         refusal=_second_reader(node, inner),
     )
@@ -319,7 +317,8 @@ def _product(scores: Node) -> tuple[Node | None, Node | None, MaskTerm | None]:
     query, key, added, beta = (bound.get(name) for name in ("batch1", "batch2", "input", "beta"))
     if not isinstance(query, Node) or not isinstance(key, Node) or beta not in (0, 1) or math.isnan(_alpha(scores)):
         return None, None, None
-    return query, key, None if added is None or beta == 0 else MaskTerm(added, folded=True)
+    nothing = added is None or beta == 0 or (isinstance(added, Node) and operation(added) == "zeros")
+    return query, key, None if nothing else MaskTerm(added, folded=True)
 
 
 def _alpha(scores: Node) -> float:

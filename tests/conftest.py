@@ -12,10 +12,13 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-# Before torch is imported: compiled code of other runs must neither be used nor left behind.
-_caches = tempfile.mkdtemp(prefix="alignedkv-tests-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_caches, "inductor")
-os.environ["TRITON_CACHE_DIR"] = os.path.join(_caches, "triton")
+# Before torch is imported: compiled code of other runs must neither be used nor left behind. pytest-xdist's workers inherit the
+# folder of the process that starts them.
+_is_worker = "PYTEST_XDIST_WORKER" in os.environ
+if not _is_worker:
+    _caches = tempfile.mkdtemp(prefix="alignedkv-tests-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_caches, "inductor")
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(_caches, "triton")
 os.environ["TRITON_INTERPRET"] = "1"  # no GPU is used: generated Triton is interpreted (tests/triton)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's own default, without its warning
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,7 +32,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_caches, ignore_errors=True)
+    if not _is_worker:
+        shutil.rmtree(_caches, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,29 +9,16 @@ anew (:class:`JoinedKeys`). A growing cache lives in the buffers (:class:`Latent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout
 from .append_buffers import AppendBuffer, AppendBuffers, with_room
+from .copies import CopyHistory, Look
 from .stores import Builder
-from .tensor_identity import WeakPairMap, observe
-
-MAX_CONSECUTIVE_COPIES = 4
-"""So many calls in a row may find the cache changed and have planes made for it; then somebody evidently writes it between all
-calls, and rows are copied without planes."""
-
-CHANGED_TOO_OFTEN = (
-    f"the cache of latents was written by other code before each of {MAX_CONSECUTIVE_COPIES} calls in a row; its rows are"
-    " copied at each call and every bit is read"
-)
-NO_VERSION_COUNTER = (
-    "the cache was allocated under torch.inference_mode(): such tensors count no versions, so a write by anybody else would go"
-    " unseen; its latents are copied at each call and every bit is read (allocate the cache under torch.no_grad(), or set"
-    " assume_exclusive_cache)"
-)
+from .tensor_identity import WeakPairMap
 
 
 @dataclass(slots=True)
@@ -42,17 +29,15 @@ class Joined:
         rows: ``[B, 1, C, R + Dr]``.
         planes: uint8 arena for ``rows`` as K and the latents as V, or None.
         current: whether the planes are those of the rows.
-        copies: calls in a row that found the cache changed.
+        history: whether the cache is as the last call left it.
         note: why the planes are stale, or "".
-        seen: the cache as the last call left it.
     """
 
     rows: torch.Tensor
     planes: torch.Tensor | None
     current: bool = False
-    copies: int = 0
+    history: CopyHistory = field(default_factory=CopyHistory)
     note: str = ""
-    seen: object = None
 
 
 class JoinedKeys:
@@ -77,25 +62,20 @@ class JoinedKeys:
         joined = self._joined.pop(latent, rope)  # filed again when the call has succeeded
         if joined is None or not _fits(joined, latent, rope, with_planes=with_planes):
             joined = _create(latent, rope, with_planes=with_planes)
-        versioned = not (latent.is_inference() or rope.is_inference())
-        known = versioned or trust_unversioned
-        if known and joined.seen == observe(latent, rope, versioned):
-            joined.copies = 0
-            worthwhile = True
-        else:
-            joined.copies += 1
+        found = joined.history.look(latent, rope, trust_unversioned=trust_unversioned)
+        if found is not Look.SAME:
             joined.current = False
-            worthwhile = known and joined.copies <= MAX_CONSECUTIVE_COPIES
             with torch_private.normal_tensors():
                 torch.cat((latent, rope), -1, out=joined.rows)
         if joined.planes is not None and not joined.current:
+            worthwhile = found is not Look.CHANGED_AGAIN
             self._renew_planes(joined, joined.planes, latent, worthwhile=worthwhile)
-            joined.note = "" if worthwhile else CHANGED_TOO_OFTEN if known else NO_VERSION_COUNTER
+            joined.note = "" if worthwhile else joined.history.note
         return joined
 
     def after_call(self, joined: Joined, latent: torch.Tensor, rope: torch.Tensor) -> None:
         """Remember the cache as the call left it, the joined rows having been kept up with it."""
-        joined.seen = observe(latent, rope, not (latent.is_inference() or rope.is_inference()))
+        joined.history.remember(latent, rope)
         self._joined.set(latent, rope, joined)
 
     def _renew_planes(self, joined: Joined, planes: torch.Tensor, latent: torch.Tensor, *, worthwhile: bool) -> None:

@@ -10,28 +10,15 @@ anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout, padded_rows
+from .copies import CopyHistory, Look
 from .stores import Builder
-from .tensor_identity import WeakPairMap, observe
-
-MAX_CONSECUTIVE_COPIES = 4
-"""So many calls in a row may find the cache changed and have planes made for it; then somebody evidently writes it between all
-calls, and rows are copied without planes."""
-
-CHANGED_TOO_OFTEN = (
-    f"the sliding window was written by other code before each of {MAX_CONSECUTIVE_COPIES} calls in a row; its rows are copied"
-    " at each call and every bit is read"
-)
-NO_VERSION_COUNTER = (
-    "the cache was allocated under torch.inference_mode(): such tensors count no versions, so a write by anybody else would go"
-    " unseen; the sliding window is copied at each call and every bit is read (allocate the cache under torch.no_grad(), or set"
-    " assume_exclusive_cache)"
-)
+from .tensor_identity import WeakPairMap
 
 
 def window_capacity(rows: int) -> int:
@@ -49,9 +36,8 @@ class Window:
         planes: uint8 arena for ``C`` rows, or None.
         position: int64 ``[1]``, holds ``end`` for the graph.
         end: as above.
-        copies: calls in a row that found the cache changed.
+        history: whether the cache is as the last call left it.
         note: why the planes are stale, or "".
-        seen: the cache as the last call left it.
     """
 
     key: torch.Tensor
@@ -59,9 +45,8 @@ class Window:
     planes: torch.Tensor | None
     position: torch.Tensor
     end: int = 0
-    copies: int = 0
+    history: CopyHistory = field(default_factory=CopyHistory)
     note: str = ""
-    seen: object = None
 
     def move_to(self, end: int) -> None:
         """Say where the window ends now."""
@@ -96,24 +81,16 @@ class Windows:
         window = self._windows.pop(key, value)  # filed again when the call has succeeded
         if window is None or window.key.shape[2] != capacity or (window.planes is None) == with_planes:
             window = self._create(key, value, capacity, with_planes)
-        versioned = not (key.is_inference() or value.is_inference())
-        known = versioned or trust_unversioned
-        if not known or window.seen != observe(key, value, versioned):
-            window.copies += 1
-            worthwhile = known and window.copies <= MAX_CONSECUTIVE_COPIES
-            self._copy(window, key, value, with_planes=worthwhile)
-            window.note = "" if worthwhile or not with_planes else CHANGED_TOO_OFTEN if known else NO_VERSION_COUNTER
-        elif window.end + new_rows > capacity:
-            self._copy(window, key, value, with_planes=True)
-            window.note = ""
-        else:
-            window.copies = 0
+        found = window.history.look(key, value, trust_unversioned=trust_unversioned)
+        if found is not Look.SAME or window.end + new_rows > capacity:
+            self._copy(window, key, value, with_planes=found is not Look.CHANGED_AGAIN)
+            window.note = window.history.note if with_planes and found is Look.CHANGED_AGAIN else ""
         return window
 
     def after_call(self, window: Window, key: torch.Tensor, value: torch.Tensor, new_rows: int) -> None:
         """Remember the cache as the call left it, ``new_rows`` further on."""
         window.move_to(window.end + new_rows)
-        window.seen = observe(key, value, not (key.is_inference() or value.is_inference()))
+        window.history.remember(key, value)
         self._windows.set(key, value, window)
 
     def _create(self, key: torch.Tensor, value: torch.Tensor, capacity: int, with_planes: bool) -> Window:

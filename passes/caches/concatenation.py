@@ -7,7 +7,7 @@ expressions in the symbols that Dynamo passes as inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -22,17 +22,28 @@ from ..views import fold
 
 @dataclass(frozen=True)
 class Concatenation:
-    """``result = cat([past, new], 2)``: ``past`` is a graph input; ``[B, H, P, D]``, ``[B, H, S, D]``, ``[B, H, P + S, D]``."""
+    """``result = cat([past, new], 2)``: ``past`` is a graph input; ``[B, H, P, D]``, ``[B, H, S, D]``, ``[B, H, P + S, D]``.
+
+    Attributes:
+        kept: what the graph returns, the next past: ``result``, or a slice of its last rows.
+        kept_rows: at most so many are kept; None for all.
+    """
 
     result: Node
     past: Node
     new: Node
+    kept: Node
+    kept_rows: int | None = None
+
+    def cropped_to(self, kept: Node, rows: int) -> Concatenation:
+        """The same, of which only the last ``rows`` rows are returned, as ``kept``."""
+        return replace(self, kept=kept, kept_rows=rows)
 
 
 def concatenation(node: Node) -> Concatenation | None:
     """A concatenation of a 4-D graph input with new rows, or None."""
     parts = concatenated(node, 2)
-    return None if parts is None or operation(parts[0]) != "placeholder" else Concatenation(node, *parts)
+    return None if parts is None or operation(parts[0]) != "placeholder" else Concatenation(node, *parts, kept=node)
 
 
 def metadata_readers(parts: Concatenation) -> tuple[Node, ...]:
@@ -76,7 +87,7 @@ def check_readers(parts: Concatenation, name: str, facts: GraphFacts, kept: froz
     for reader in facts.users(past):
         if reader is not result and not is_metadata(reader):
             raise Declined(Reason.SECOND_READER, f"{name}'s past is also read by {operation(reader)}")
-    data_readers(result, name, facts, kept)
+    data_readers(parts, name, facts, kept)
     symbols = inputs_by_symbol(facts.placeholders)
     for reader in metadata_readers(parts):
         if not is_expressible(example(reader), symbols):
@@ -85,8 +96,8 @@ def check_readers(parts: Concatenation, name: str, facts: GraphFacts, kept: froz
         raise Declined(Reason.LENGTH, f"the length of {name}'s past is no input of the graph")
 
 
-def data_readers(result: Node, name: str, facts: GraphFacts, kept: frozenset[Node]) -> frozenset[Node]:
-    """The attention calls that read a concatenation, directly or through views.
+def data_readers(parts: Concatenation, name: str, facts: GraphFacts, kept: frozenset[Node]) -> frozenset[Node]:
+    """The attention calls that read a concatenation, directly or through views; what is returned of it is no reader.
 
     Args:
         kept: as :func:`check_readers` takes them.
@@ -95,11 +106,16 @@ def data_readers(result: Node, name: str, facts: GraphFacts, kept: frozenset[Nod
         Declined: something else reads its data.
     """
     found: set[Node] = set()
+    result = parts.result
     pending = [result]
     while pending:
         node = pending.pop()
         for reader in node.users:
-            if reader in kept or (node is result and (operation(reader) == "output" or is_metadata(reader))):
+            if (
+                reader in kept
+                or reader is parts.kept
+                or (node is result and (operation(reader) == "output" or is_metadata(reader)))
+            ):
                 continue
             call = facts.attention_over(node, reader)
             if call is not None:

@@ -30,9 +30,18 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
+from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, replace_attention
+from .append import (
+    AppendInputs,
+    BufferInputs,
+    LiveRows,
+    append_rows,
+    buffer_inputs,
+    drop_concatenations,
+    expected_append,
+    live_rows_read,
+)
 from .concatenation import Concatenation, check_lengths, check_readers, concatenation
-from .dynamic import AppendInputs, BufferInputs, append_rows, buffer_inputs, drop_concatenations, expected_append
 from .kind import CandidateCall, Expected, WrittenCache
 from .latent import (
     UNCERTIFIABLE,
@@ -125,18 +134,17 @@ class LatentAppendPair:
         with editor.after_both(self.latent.result, self.rope.result):
             rows = join(self.latent.new, self.rope.new, editor)
             latents = editor.current(self.latent.new)
-            length = append_rows(buffers, past.shape[2], rows, latents, self.new_rows, editor)
+            live = append_rows(buffers, past.shape[2], rows, latents, self.new_rows, editor)
         for site, found in zip(self.sites, self.expansions, strict=True):
-            replace_attention(site, editor, options, statistics, functools.partial(self._read, buffers, length, found))
+            replace_attention(site, editor, options, statistics, functools.partial(self._read, buffers, live, found))
         erase_expansions(self.expansions, editor)
         drop_concatenations((self.latent, self.rope), editor)
         return AppendInputs(self.latent, self.rope, self.new_rows, buffers, LatentBuffers)
 
     def _read(
-        self, buffers: BufferInputs, length: Node | int, found: Expansion, site: AttentionSite, editor: GraphEditor
+        self, buffers: BufferInputs, live: LiveRows, found: Expansion, site: AttentionSite, editor: GraphEditor
     ) -> CacheRead:
-        read = CacheRead(buffers.key, buffers.value, buffers.planes, length, mask_of(site, editor))
-        return absorbed(read, found, site, editor)
+        return absorbed(live_rows_read(buffers, live, site, editor), found, site, editor)
 
 
 def _parts(found: Expansion) -> tuple[Concatenation, Concatenation]:

@@ -60,12 +60,14 @@ class Shift:
         new: ``[B, H, S, D]``, the rows that come in.
         rows: what attention reads, the last ``W - 1`` old rows and the new ones: the cache when ``S`` is 1, else the
             concatenation.
+        taken: where the new rows are taken in.
         write: the ``copy_`` node.
     """
 
     cache: Node
     new: Node
     rows: Node
+    taken: Node
     write: Node
 
 
@@ -87,6 +89,9 @@ class SlidingKind:
             facts.check_unshared(shift.cache, name)
             if facts.order[shift.write] > facts.order[candidate.call.scores]:
                 raise Declined(Reason.WRITE_ORDER, f"the attention reads {name} before it is shifted")
+        end = max(key.write, value.write, key=facts.order.__getitem__)
+        if any(facts.written_between(shift.new, shift.taken, end) for shift in (key, value)):
+            raise Declined(Reason.WRITE_ORDER, "the new rows change before both K and V are shifted")
         if not same(fake(key.cache).shape[2], fake(value.cache).shape[2]) or not _same_rows(key.new, value.new):
             raise Declined(Reason.LENGTH, "K and V are windows of different lengths")
         operands = [_operand(folded, shift, facts) for folded, shift in ((candidate.key, key), (candidate.value, value))]
@@ -295,7 +300,7 @@ def _rolled(cache: Node, rolled: Node, write: Node, facts: GraphFacts) -> Shift 
         return None
     if not _is_last(index[2]) or not isinstance(new, Node) or not _fits(new, cache) or not same(fake(new).shape[2], 1):
         return None
-    return Shift(cache, new, cache, write) if facts.order[setter] < facts.order[write] else None
+    return Shift(cache, new, cache, setter, write) if facts.order[setter] < facts.order[write] else None
 
 
 def _is_last(index: object) -> bool:
@@ -317,7 +322,7 @@ def _concatenated(cache: Node, source: Node, write: Node, facts: GraphFacts) -> 
         return None
     if not _is_tail(source) or not _is_tail(old) or facts.order[longer] > facts.order[write]:
         return None
-    return Shift(cache, new, longer, write)
+    return Shift(cache, new, longer, longer, write)
 
 
 def _old_and_new(node: Node) -> tuple[Node, Node] | None:

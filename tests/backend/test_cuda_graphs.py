@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import alignedkv_compile
 from alignedkv_compile import passes
-from alignedkv_compile.passes.caches.dynamic import NO_CUDA_GRAPHS
+from alignedkv_compile.passes.caches.append import NO_CUDA_GRAPHS
 from alignedkv_compile.runtime import Runtime
 
 PROMPT, STEPS = 40, 6

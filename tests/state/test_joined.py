@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from alignedkv_compile.layout import PLANES_VALID
-from alignedkv_compile.state.joined import MAX_CONSECUTIVE_COPIES, Joined, JoinedKeys
+from alignedkv_compile.state.copies import MAX_CONSECUTIVE_COPIES
+from alignedkv_compile.state.joined import Joined, JoinedKeys
 
 ROWS = 40
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from alignedkv_compile.layout import PLANES_VALID
-from alignedkv_compile.state.windows import MAX_CONSECUTIVE_COPIES, Window, Windows, window_capacity
+from alignedkv_compile.state.copies import MAX_CONSECUTIVE_COPIES
+from alignedkv_compile.state.windows import Window, Windows, window_capacity
 
 WINDOW = 200
 
