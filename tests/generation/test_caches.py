@@ -9,14 +9,25 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
-from twins import ALIGNED, EVERY_BIT, SUMMATION, Twins, assert_same, generate, llama, prompt, rounding_error, tiny
+from twins import (
+    ALIGNED,
+    CACHES,
+    EVERY_BIT,
+    SUMMATION,
+    Twins,
+    assert_same,
+    generate,
+    llama,
+    mistral,
+    new_cache,
+    prompt,
+    rounding_error,
+    slow,
+)
 
 from alignedkv_compile.reasons import Reason
-
-STATIC = {"cache_implementation": "static", "disable_compile": True}
-CACHES = {"dynamic": {}, "static": STATIC}
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
@@ -27,44 +38,49 @@ def padded(side: str) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cache", CACHES)
-def test_prompts_of_different_lengths(cache: str, side: str) -> None:
+def test_prompts_of_different_lengths(cache: str) -> None:
     twins = Twins(llama())
-    expected = twins.generate(**padded(side), **CACHES[cache])
+    for side in ("left", "right"):
+        expected = twins.generate(**padded(side), **CACHES[cache])
+        if side == "left":
+            alone = generate(twins.stock, input_ids=padded(side)["input_ids"][:1, 5:])
+            assert torch.equal(expected.sequences[0, 11:], alone.sequences[0, 6:]), "padding is seen"
     assert not twins.backend.declined
-    if side == "left":
-        alone = generate(twins.stock, input_ids=padded(side)["input_ids"][:1, 5:])
-        assert torch.equal(expected.sequences[0, 11:], alone.sequences[0, 6:]), "padding is seen"
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("chunk", [4, 20])
-def test_a_prompt_in_chunks(cache: str, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "cache"),
+    [(4, "dynamic"), (20, "static"), pytest.param(4, "static", marks=slow), pytest.param(20, "dynamic", marks=slow)],
+)
+def test_a_prompt_in_chunks(chunk: int, cache: str) -> None:
     """Chunks of up to 16 tokens are aligned reads themselves."""
     twins = Twins(llama())
     twins.generate(input_ids=prompt(2 * chunk + 3), prefill_chunk_size=chunk, max_new_tokens=4, **CACHES[cache])
     assert not twins.backend.declined
 
 
-def new_cache(kind: str, model: Any) -> Any:
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=64)
-
-
 def chat(model: Any, cache: Any) -> list[Any]:
     """Each turn hands the whole conversation and the cache of the turns before to ``generate``."""
     tokens, turns = torch.empty(1, 0, dtype=torch.int64), []
-    for turn, rows in enumerate((9, 1, 5, 21)):
+    for turn, rows in enumerate((9, 5, 21)):
         tokens = torch.cat([tokens, prompt(rows, batch=1, seed=turn)], 1)
         turns.append(generate(model, input_ids=tokens, past_key_values=cache, max_new_tokens=4, disable_compile=True))
         tokens = turns[-1].sequences
     return turns
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-@pytest.mark.parametrize("kind", CACHES)
-def test_a_chat_over_one_cache(kind: str, model_type: str) -> None:
-    twins = Twins(llama() if model_type == "llama" else tiny("MistralForCausalLM", "mistral"))
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("llama", "dynamic"),
+        pytest.param("llama", "static", marks=slow),
+        pytest.param("mistral", "static", marks=slow),
+        pytest.param("mistral", "dynamic", marks=slow),
+    ],
+)
+def test_a_chat_over_one_cache(model: str, kind: str) -> None:
+    twins = Twins(llama() if model == "llama" else mistral())
     expected = chat(twins.stock, new_cache(kind, twins.stock))
     for variant in twins.backend.each():
         actual = chat(twins.ours, new_cache(kind, twins.ours))
@@ -139,7 +155,7 @@ def _rounded(model: Any) -> Any:
 QUANTIZED = {"fp8": lambda model: QuantizedCache("fp8", config=model.config), "int8": _rounded}
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", ["fp8", pytest.param("int8", marks=slow)])
 def test_a_quantized_cache_is_left_to_stock(kind: str) -> None:
     twins = Twins(llama())
     expected = generate(twins.stock, input_ids=prompt(7), past_key_values=QUANTIZED[kind](twins.stock))

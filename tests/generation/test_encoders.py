@@ -8,15 +8,20 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from twins import Twins, prompt, tiny
+from twins import CACHES, Twins, prompt, slow, tiny
 
-STATIC = {"cache_implementation": "static", "disable_compile": True}
-CACHES = {"dynamic": {}, "static": STATIC}
 ENCODER_DECODERS = {"t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration"}
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("model_type", ENCODER_DECODERS)
+@pytest.mark.parametrize(
+    ("model_type", "cache"),
+    [
+        ("t5", "dynamic"),
+        pytest.param("bart", "static", marks=slow),
+        pytest.param("t5", "static", marks=slow),
+        pytest.param("bart", "dynamic", marks=slow),
+    ],
+)
 def test_an_encoder_decoder_reads_both_caches(model_type: str, cache: str) -> None:
     twins = Twins(tiny(ENCODER_DECODERS[model_type], model_type))
     twins.generate(input_ids=prompt(9), max_new_tokens=6, **CACHES[cache])
@@ -31,12 +36,14 @@ def test_beams_of_an_encoder_decoder_reorder_both_caches() -> None:
     assert not twins.backend.declined
 
 
+@slow
 def test_candidates_of_an_encoder_decoder_are_cropped_from_its_own_cache_only() -> None:
     twins = Twins(tiny("T5ForConditionalGeneration", "t5"))
     twins.generate(input_ids=prompt(6, batch=1).repeat(1, 2), prompt_lookup_num_tokens=3, max_new_tokens=8)
     assert not twins.backend.declined
 
 
+@slow
 def test_speech_in_whisper() -> None:
     model = tiny("WhisperForConditionalGeneration", "whisper")
     rows = 2 * model.config.max_source_positions
@@ -69,8 +76,17 @@ VISION = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("model_type", VISION)
+@pytest.mark.parametrize(
+    ("model_type", "cache"),
+    [
+        ("qwen2_vl", "dynamic"),
+        pytest.param("llava", "static", marks=slow),
+        pytest.param("qwen2_vl", "static", marks=slow),
+        pytest.param("llava", "dynamic", marks=slow),
+        pytest.param("smolvlm", "static", marks=slow),
+        pytest.param("smolvlm", "dynamic", marks=slow),
+    ],
+)
 def test_a_prompt_with_an_image(model_type: str, cache: str) -> None:
     """The image comes with the prompt only; decoding goes on over the rows that its tokens left in the cache."""
     name, inputs_of = VISION[model_type]

@@ -7,12 +7,15 @@ variant through the same compiled forward.
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch.fx import GraphModule
+from transformers import DynamicCache, StaticCache
 from zoo_backend import pass_only
 from zoo_classes import ZooClass
 from zoo_models import tiny_model
@@ -29,6 +32,12 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 }
 SUMMATION = 1e-4
 """What another order of fp32 sums may change in a logit."""
+CACHES: Mapping[str, Mapping[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+}
+"""What ``generate`` is told; the forward is compiled already, so that transformers need not."""
+slow = pytest.mark.slow
 
 
 class Rewriting:
@@ -45,6 +54,7 @@ class Rewriting:
         self.selected = next(iter(variants))
         self.graphs: list[dict[str, GraphReport]] = []
         self.calls: dict[str, Counter[Outcome]] = {name: Counter() for name in variants}
+        self._lock = threading.Lock()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Sequence[object]]:
         runs = {name: pass_only(gm, example_inputs, options) for name, options in self._variants.items()}
@@ -52,15 +62,17 @@ class Rewriting:
 
         def call(*inputs: object) -> Sequence[object]:
             run, report = runs[self.selected]
-            self.calls[self.selected].update(site.outcome for site in report.sites)
+            with self._lock:
+                self.calls[self.selected].update(site.outcome for site in report.sites)
             return run(*inputs)
 
         return call
 
     def each(self) -> Iterator[str]:
         """Select one variant after the other."""
-        for self.selected in self._variants:
-            yield self.selected
+        for variant in self._variants:
+            self.selected = variant
+            yield variant
 
     @property
     def rewritten(self) -> int:
@@ -80,7 +92,7 @@ class Rewriting:
 
 
 def tiny(name: str, model_type: str) -> Any:
-    """A tiny model of a class, with random weights and without an end token, so that as many tokens come as are asked for."""
+    """A tiny model of a class, two layers with random weights. It has no end token: as many tokens come as are asked for."""
     with torch.no_grad():
         model = tiny_model(ZooClass(name, model_type, "")).module
     model.generation_config.eos_token_id = None
@@ -90,9 +102,23 @@ def tiny(name: str, model_type: str) -> Any:
     return model
 
 
-def llama() -> Any:
-    """The model of most tests."""
-    return tiny("LlamaForCausalLM", "llama")
+def llama(layers: int = 1) -> Any:
+    """The model of most tests; of its layers as few as do, since tracing each takes time."""
+    model = tiny("LlamaForCausalLM", "llama")
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    return model
+
+
+def mistral() -> Any:
+    """A model with sliding windows of ten rows."""
+    return tiny("MistralForCausalLM", "mistral")
+
+
+def new_cache(kind: str, model: Any) -> Any:
+    """An empty cache, of 64 rows when it is static."""
+    config = model.config
+    return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=64)
 
 
 def prompt(rows: int, batch: int = 2, seed: int = 5) -> torch.Tensor:
