@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from typing import Any
 
@@ -27,9 +28,11 @@ from twins import (
     prompt,
     slow,
 )
+from zoo_backend import _STORES as STORES
 
 from alignedkv_compile.reasons import Reason
-from alignedkv_compile.state.sidecar import NO_VERSION_COUNTER
+from alignedkv_compile.state.append_buffers import AppendBuffers
+from alignedkv_compile.state.sidecar import NO_VERSION_COUNTER, SidecarStore
 
 BOTH = ["static", pytest.param("dynamic", marks=slow)]
 
@@ -212,6 +215,20 @@ def test_one_cache_that_two_models_continue() -> None:
                 before, budget = twins.backend.rewritten, SUMMATION if variant == EVERY_BIT else 0.05
                 assert_close(decode((twins.stock, twins.ours), new_cache(kind, twins.stock)), expected, budget)
                 assert twins.backend.rewritten == before + 3
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_was_kept_beside_caches_goes_with_them(cache: str) -> None:
+    stores = [STORES.of(kind) for kind in (AppendBuffers, SidecarStore)]
+    gc.collect()
+    before = [len(store) for store in stores]
+    twins = Twins(llama())
+    expected = twins.generate(input_ids=prompt(7), max_new_tokens=4, **CACHES[cache])
+    again = generate(twins.ours, input_ids=prompt(7), max_new_tokens=4, **CACHES[cache])
+    assert [len(store) for store in stores] != before  # the last cache is still alive
+    del expected, again
+    gc.collect()
+    assert [len(store) for store in stores] == before
 
 
 def test_transformers_own_compilation_of_static_decoding() -> None:

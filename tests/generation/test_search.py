@@ -134,6 +134,14 @@ def test_an_assistant_beside_sliding_windows_that_keep_more_rows() -> None:
 
 
 @slow
+def test_the_first_layer_as_the_assistant_of_all() -> None:
+    """Both generate over one cache, which the assistant fills in its layer only."""
+    twins = Twins(llama(layers=2))
+    twins.generate(input_ids=prompt(9, batch=1), assistant_early_exit=1, max_new_tokens=10)
+    assert not twins.backend.declined
+
+
+@slow
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_candidates_from_the_prompt(model: str) -> None:
     twins = Twins(llama() if model == "llama" else mistral())
