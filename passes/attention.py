@@ -51,8 +51,19 @@ def _fused_call(node: Node) -> AttentionCall | None:
     )
 
 
-def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperand, value: CacheOperand) -> AttentionSite:
+def site_over(
+    call: AttentionCall,
+    kind: CacheKind,
+    index: int,
+    key: CacheOperand,
+    value: CacheOperand,
+    *,
+    any_rows: bool = False,
+) -> AttentionSite:
     """The record of a call over two cache operands that fit together.
+
+    Args:
+        any_rows: whether the graph may stay symbolic in the number of query rows; else it is specialised.
 
     Raises:
         Declined: it is not what the aligned read computes.
@@ -66,7 +77,9 @@ def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperan
     check_sinks(call, heads)
     for term in call.masks:
         check_mask(term, (fake(key.source).shape[0], heads, rows, fake(key.rows).shape[2]))
-    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, int(rows))
+    pads = any_rows and isinstance(rows, torch.SymInt) and not rows.node.expr.is_number
+    padded = MAX_ALIGNED_QUERY_ROWS if pads else int(rows)
+    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, padded, pads)
 
 
 def check_cache_tensor(node: Node, name: str) -> None:

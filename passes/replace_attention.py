@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,13 +148,16 @@ def replace_attention(
         if site.call.folded:
             query = editor.method("unflatten", query, 0, (editor.size(site.key.source, 0), -1))
         sinks = None if site.call.sinks is None else editor.current(site.call.sinks)
+        mask, rows = reads.mask, editor.size(query, 2) if site.pads_query else None
+        if isinstance(rows, Node):
+            query, mask = _padded(query, mask, rows, site.query_rows, editor)
         result = editor.function(
             statistics.operator,
             query if reads.query is None else reads.query,
             reads.key,
             reads.value,
             reads.planes,
-            reads.mask,
+            mask,
             sinks,
             length=reads.length,
             scale=site.scale,
@@ -164,6 +168,8 @@ def replace_attention(
             **statistics.arguments(site.index),
         )
         result = result if reads.finish is None else reads.finish(result)
+        if rows is not None:
+            result = editor.method("index_select", result, 2, editor.function(torch.arange, rows, device=original.device))
         if fake(result).dtype != original.dtype:
             result = editor.method("to", result, original.dtype)
         if original.dim() == 3:
@@ -173,6 +179,27 @@ def replace_attention(
     editor.replace(site.attention, result)
     editor.erase_unused(site.call.inner)
     editor.erase_unused((*site.key.chain, *site.value.chain))
+
+
+def _padded(query: Node, mask: Node | None, rows: Node, wanted: int, editor: GraphEditor) -> tuple[Node, Node]:
+    """A query ``[B, Hq, rows, Dk]`` as one of ``wanted`` rows, and a mask under which those added attend to nothing.
+
+    Nothing is read for them. They repeat the first row, and it is gathering that cuts them off again: a tensor of the missing
+    rows, or a view of the others, would guard on there being any missing, and as many rows as wanted would get a graph of their
+    own.
+    """
+    steps = editor.function(torch.arange, wanted, device=fake(query).device)
+    real = editor.function(operator.lt, steps, rows)
+    index = editor.function(torch.where, real, steps, 0)
+    query = editor.method("index_select", query, 2, index)
+    real = editor.method("view", real, 1, 1, -1, 1)
+    if mask is None:
+        return query, real
+    if not same(fake(mask).shape[2], 1):
+        mask = editor.method("index_select", mask, 2, index)
+    if fake(mask).dtype == torch.bool:
+        return query, editor.method("logical_and", mask, real)
+    return query, editor.function(torch.where, real, mask, -math.inf)
 
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
@@ -192,7 +219,7 @@ def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) 
     order = sorted(range(original.dim()), key=strides.__getitem__, reverse=True)
     inverse = [order.index(dim) for dim in range(original.dim())]
     permuted = editor.method("permute", result, *order)
-    dense = editor.method("contiguous", permuted)
+    dense = editor.method("clone", permuted, memory_format=torch.contiguous_format)
     return editor.method("permute", dense, *inverse)
 
 

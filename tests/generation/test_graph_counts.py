@@ -35,7 +35,6 @@ def talk(model: Any, cache: Any, rows: Sequence[int]) -> torch.Tensor:
     return tokens
 
 
-TOO_MANY = pytest.mark.xfail(strict=True, reason="being worked on")
 SHORT, LONG = (9, 3, 5, 2, 7, 4), (20, 30, 25, 40, 22, 35)
 """Tokens of the questions: those of up to 16 are aligned reads, longer ones prefill."""
 
@@ -55,8 +54,8 @@ def counted(backend: Any, kind: str, rows: Sequence[int]) -> tuple[int, torch.Te
     [
         pytest.param("dynamic", LONG, id="long-dynamic", marks=slow),
         pytest.param("static", LONG, id="long-static", marks=slow),
-        pytest.param("dynamic", SHORT, id="short-dynamic", marks=TOO_MANY),
-        pytest.param("static", SHORT, id="short-static", marks=(slow, TOO_MANY)),
+        pytest.param("dynamic", SHORT, id="short-dynamic"),
+        pytest.param("static", SHORT, id="short-static", marks=slow),
     ],
 )
 def test_a_chat_takes_no_more_graphs_than_with_stock(kind: str, rows: Sequence[int]) -> None:
