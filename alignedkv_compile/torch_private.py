@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch._C import _functorch as functorch  # vmap's wrappers have no storage; what they wrap has
 from torch._guards import detect_fake_mode as detect_fake_mode  # side buffers' fakes must live in Dynamo's own mode
 from torch._inductor import config as inductor_config  # the entries that `options={"inductor": ...}` may name
 from torch._inductor import (
@@ -277,6 +278,13 @@ TRITON_DEVICES = ("cuda", "xpu")
 def generates_triton(device: torch.device) -> bool:
     """Whether Inductor makes Triton for this device; for CPU tensors only where its ``cpu_backend`` says so, as tests do."""
     return device.type in TRITON_DEVICES or (device.type == "cpu" and inductor_config.cpu_backend == "triton")
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside the wrappers of ``vmap`` and other transforms of functions, or the tensor itself."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def fresh_size(mode: FakeTensorMode, example: int, name: str, largest: int | None = None) -> torch.SymInt:

@@ -19,6 +19,7 @@ from alignedkv_compile.torch_private import (
     OpOverloadPacket,
     statically_known_true,
     tree_leaves,
+    unwrapped,
 )
 
 METADATA = frozenset(
@@ -102,6 +103,7 @@ def tensors_of(node: Node) -> Iterator[torch.Tensor]:
 
 def storage_of(tensor: torch.Tensor) -> int | None:
     """Identity of a (fake) tensor's storage; fakes of views share it, also those of overlapping graph inputs."""
+    tensor = unwrapped(tensor)
     if tensor.layout != torch.strided or tensor.is_nested:
         return None
     return int(tensor.untyped_storage()._cdata)

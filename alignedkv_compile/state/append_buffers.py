@@ -15,7 +15,7 @@ import torch
 
 from .. import torch_private
 from ..errors import CacheLengthError
-from ..layout import ArenaLayout, padded_rows
+from ..layout import PLANES_STALE, ArenaLayout, padded_rows
 from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
 
@@ -23,6 +23,22 @@ GROWTH = 1.5
 """Capacity over live rows when a buffer is made: appends then cost a constant number of copies per row."""
 SPARE_ROWS = 256
 """At least so many rows are free when a buffer is made."""
+MAX_CONSECUTIVE_COPIES = 4
+"""So many calls in a row over one graph input may find a past that must be copied and have planes made for it; then somebody
+evidently exchanges the cache between all calls, as beam search does, and planes would be made for a single read."""
+
+EXCHANGED_TOO_OFTEN = (
+    f"the cache was exchanged or written by other code before each of {MAX_CONSECUTIVE_COPIES} calls in a row (beam search"
+    " reorders it at every token); it is copied at each call, as by torch.cat, and every bit is read"
+)
+
+
+@dataclass(slots=True)
+class PastHistory:
+    """What one graph input has met: calls in a row that found a past that had to be copied; and why planes are stale, or ""."""
+
+    copies: int = 0
+    note: str = ""
 
 
 @dataclass(slots=True)
@@ -33,6 +49,7 @@ class AppendBuffer:
         key: ``[B, H, C, Dk]``.
         value: ``[B, H, C, Dv]``.
         planes: uint8 arena for ``C`` rows that covers the live rows, or None.
+        current: whether the planes cover the live rows; stale ones make the kernels read every bit.
         start, length: rows ``[start, length)`` are live.
         seen: the two views handed out last, as they were then.
     """
@@ -41,6 +58,7 @@ class AppendBuffer:
     value: torch.Tensor
     planes: torch.Tensor | None
     length: int
+    current: bool = True
     start: int = 0
     seen: object = None
 
@@ -66,7 +84,14 @@ class AppendBuffers:
         return len(self._views)
 
     def before_call(
-        self, past_key: torch.Tensor, past_value: torch.Tensor, new_rows: int, *, with_planes: bool, any_start: bool = False
+        self,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+        new_rows: int,
+        *,
+        with_planes: bool,
+        any_start: bool = False,
+        history: PastHistory | None = None,
     ) -> AppendBuffer:
         """A buffer whose live rows are the past's and which has room for ``new_rows`` more.
 
@@ -79,6 +104,7 @@ class AppendBuffers:
             new_rows: rows that the call appends.
             with_planes: whether the graph reads and writes planes.
             any_start: whether the live rows may begin behind the buffer's first.
+            history: what the same graph input met at the calls before.
 
         Raises:
             CacheLengthError: the two pasts have different lengths.
@@ -86,18 +112,21 @@ class AppendBuffers:
         length = past_key.shape[2]
         if past_value.shape[2] != length:
             raise CacheLengthError(length, past_value.shape[2])
+        history = PastHistory() if history is None else history
         buffer = self._views.pop(past_key, past_value)
-        if (
-            buffer is None
-            or buffer.seen != observe(past_key, past_value)
-            or buffer.length + new_rows > buffer.capacity
-            or (buffer.start > 0 and not any_start)
-        ):
-            return self._copy(past_key, past_value, length + new_rows, with_planes)
-        if with_planes and buffer.planes is None:
-            buffer.planes = self._build_planes(buffer)
-        elif not with_planes:
+        known = buffer is not None and buffer.seen == observe(past_key, past_value)
+        history.copies = 0 if known else history.copies + 1
+        if buffer is None or not known or buffer.length + new_rows > buffer.capacity or (buffer.start > 0 and not any_start):
+            buffer = self._copy(past_key, past_value, length + new_rows)
+        if not with_planes:
             buffer.planes = None  # the graph does not keep them up
+        elif history.copies > MAX_CONSECUTIVE_COPIES:
+            history.note = EXCHANGED_TOO_OFTEN
+            buffer.planes, buffer.current = self._arena(buffer), False
+        elif buffer.planes is None or not buffer.current:
+            history.note = ""
+            buffer.planes, buffer.current = self._arena(buffer), True
+            self._builder.rebuild(buffer.planes, buffer.key, buffer.value, buffer.length)
         return buffer
 
     def after_call(self, buffer: AppendBuffer, new_rows: int, keep: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,21 +157,19 @@ class AppendBuffers:
         """Views of a buffer's rows ``[start, start + count)``, in the form in which a past comes."""
         return buffer.key.narrow(2, start, count), buffer.value.narrow(2, start, count)
 
-    def _copy(self, past_key: torch.Tensor, past_value: torch.Tensor, rows: int, with_planes: bool) -> AppendBuffer:
+    def _copy(self, past_key: torch.Tensor, past_value: torch.Tensor, rows: int) -> AppendBuffer:
         capacity, length = grown_capacity(rows), past_key.shape[2]
         with torch_private.normal_tensors():
             key, value = self.with_capacity(past_key, past_value, capacity)
-        buffer = AppendBuffer(key, value, None, length)
-        if with_planes:
-            buffer.planes = self._build_planes(buffer)
-        return buffer
+        return AppendBuffer(key, value, None, length)
 
-    def _build_planes(self, buffer: AppendBuffer) -> torch.Tensor:
+    def _arena(self, buffer: AppendBuffer) -> torch.Tensor:
+        """Stale planes for a buffer."""
         batch, heads, capacity, key_dim = buffer.key.shape
         total = ArenaLayout(batch * heads, capacity, key_dim, buffer.value.shape[-1]).total
         with torch_private.normal_tensors():
             planes = torch.empty(total, dtype=torch.uint8, device=buffer.key.device)
-        self._builder.rebuild(planes, buffer.key, buffer.value, buffer.length)
+            planes[:8].view(torch.int64).fill_(PLANES_STALE)
         return planes
 
 

@@ -140,7 +140,8 @@ class SidecarStore:
             key: ``[B, H, C, Dk]``.
             value: ``[B, H, C, Dv]``, same dtype.
             previous: history of what the same graph input got at the last call: a caller that passes a new view of the
-                same memory each time is recognised by it as one that rebuilds each time.
+                same memory each time, or a new tensor in place of the last one (beam search reorders the cache so), is
+                recognised by it as one that rebuilds each time.
             trust_unversioned: take inference-mode tensors to be written by compiled code only.
         """
         sidecar = self._pairs.get(key, value)
@@ -178,12 +179,19 @@ class SidecarStore:
             sidecar.record(key, value)
         return sidecar
 
+    def _is_alive(self, history: RebuildHistory) -> bool:
+        """Whether the tensors that a history is about still exist."""
+        return any(sidecar.history is history for sidecar in self._pairs)
+
     def _create(self, key: torch.Tensor, value: torch.Tensor, previous: RebuildHistory | None) -> Sidecar:
         with self._lock:
             sidecar = self._pairs.get(key, value)
             if sidecar is None:
                 address = key.data_ptr()
-                history = previous if previous is not None and previous.address == address else RebuildHistory(address)
+                history = RebuildHistory(address)
+                if previous is not None and (previous.address == address or not self._is_alive(previous)):
+                    history = previous
+                    history.address = address
                 sidecar = Sidecar(key, value, history)
                 self._pairs.set(key, value, sidecar)
         return sidecar

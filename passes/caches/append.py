@@ -22,7 +22,7 @@ from alignedkv_compile.errors import CacheTooLongError
 from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
 from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.reasons import Reason
-from alignedkv_compile.state.append_buffers import AppendBuffer, AppendBuffers
+from alignedkv_compile.state.append_buffers import AppendBuffer, AppendBuffers, PastHistory
 from alignedkv_compile.torch_private import fresh_size, generates_triton
 
 from ..attention import check_cache_pair, is_prefill, site_over
@@ -320,7 +320,9 @@ class BoundAppend:
 
     def __init__(self, binding: AppendBinding, settings: CallSettings) -> None:
         self._binding = binding
+        self._settings = settings
         self._buffers = settings.stores.of(binding.store)
+        self._history = PastHistory()
 
     def before_call(self, args: Sequence[Any], inputs: list[object]) -> AppendBuffer:
         binding = self._binding
@@ -331,7 +333,10 @@ class BoundAppend:
             self._new_rows(args),
             with_planes=binding.planes_input is not None,
             any_start=binding.position_input is not None,
+            history=self._history,
         )
+        if binding.planes_input is not None and self._history.note:
+            self._settings.note(self._history.note)
         if binding.largest_capacity is not None and buffer.capacity > binding.largest_capacity:
             raise CacheTooLongError(buffer.capacity, binding.largest_capacity)
         inputs[binding.key_buffer_input] = buffer.key

@@ -169,6 +169,17 @@ def test_another_reader_of_a_preallocated_cache_does_no_harm(harness, same_as_st
     assert harness.outcomes == [Outcome.REWRITTEN]
 
 
+def test_a_mask_made_under_vmap(harness, same_as_stock) -> None:
+    """transformers makes some masks so: such tensors have no storage of their own."""
+
+    def layer(query, key, value, key_cache, value_cache, positions):
+        mask = torch.vmap(lambda row: row[None] <= positions)(torch.arange(key_cache.shape[2])).T[None, None]
+        return decode(query, key, value, key_cache, value_cache, positions, mask)
+
+    same_as_stock(layer, harness, *inputs())
+    assert harness.outcomes == [Outcome.REWRITTEN]
+
+
 def test_new_nodes_say_where_they_come_from(harness, same_as_stock) -> None:
     same_as_stock(decode, harness, *inputs())
     for node in harness.last.module.graph.nodes:

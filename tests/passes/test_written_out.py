@@ -114,6 +114,15 @@ def with_baddbmm(t):
     return folded_scores(t, lambda query, key: t["alibi"].baddbmm(batch1=query, batch2=key, beta=1.0, alpha=0.25))
 
 
+def with_baddbmm_and_matmul(t):
+    """Scores with batch and heads folded, values without, as GPT-NeoX Japanese has them."""
+    key, value = (x.reshape(BATCH, HEADS * GROUP, ROWS, DIM) for x in written(t))
+    query, key = t["q"].reshape(BATCH * HEADS * GROUP, -1, DIM), key.reshape(BATCH * HEADS * GROUP, ROWS, DIM)
+    zeros = torch.zeros(query.shape[0], query.shape[1], ROWS)
+    scores = torch.baddbmm(zeros, query, key.transpose(1, 2), beta=1.0, alpha=0.25)
+    return (scores.view(BATCH, HEADS * GROUP, -1, ROWS) + t["mask"]).softmax(-1) @ value
+
+
 def with_a_folded_bias(t):
     return folded_scores(t, lambda query, key: torch.bmm(query, key) * 0.25 + t["alibi"])
 
@@ -138,6 +147,7 @@ FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "sinks": with_sinks,
     "bmm": with_bmm,
     "baddbmm": with_baddbmm,
+    "baddbmm and matmul": with_baddbmm_and_matmul,
     "a folded bias": with_a_folded_bias,
 }
 

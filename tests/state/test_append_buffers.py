@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignedkv_compile.errors import CacheLengthError
-from alignedkv_compile.layout import BLOCK_ROWS, PLANES_VALID
-from alignedkv_compile.state.append_buffers import SPARE_ROWS, AppendBuffer, AppendBuffers, grown_capacity
+from alignedkv_compile.layout import BLOCK_ROWS, PLANES_STALE, PLANES_VALID
+from alignedkv_compile.state.append_buffers import (
+    EXCHANGED_TOO_OFTEN,
+    MAX_CONSECUTIVE_COPIES,
+    SPARE_ROWS,
+    AppendBuffer,
+    AppendBuffers,
+    PastHistory,
+    grown_capacity,
+)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,9 +42,11 @@ def rows(count: int, batch: int = 1) -> Pair:
     return torch.randn(batch, 2, count, 16), torch.randn(batch, 2, count, 8)
 
 
-def append(buffers: AppendBuffers, past: Pair, new: Pair, with_planes: bool = True) -> tuple[Pair, AppendBuffer]:
+def append(
+    buffers: AppendBuffers, past: Pair, new: Pair, with_planes: bool = True, history: PastHistory | None = None
+) -> tuple[Pair, AppendBuffer]:
     """What the runtime and the compiled graph do for one layer."""
-    buffer = buffers.before_call(*past, new[0].shape[2], with_planes=with_planes)
+    buffer = buffers.before_call(*past, new[0].shape[2], with_planes=with_planes, history=history)
     positions = torch.arange(new[0].shape[2]) + buffer.length
     buffer.key.index_copy_(2, positions, new[0])
     buffer.value.index_copy_(2, positions, new[1])
@@ -62,6 +72,46 @@ def builder() -> CountingBuilder:
 @pytest.fixture
 def buffers(builder: CountingBuilder) -> AppendBuffers:
     return AppendBuffers(builder)  # type: ignore[arg-type]
+
+
+def header(buffer: AppendBuffer) -> int:
+    assert buffer.planes is not None
+    return int(buffer.planes[:8].view(torch.int64))
+
+
+def test_a_cache_that_is_exchanged_between_all_calls_gets_no_planes(buffers: AppendBuffers, builder: CountingBuilder) -> None:
+    """Beam search reorders the cache at every token: planes would be made for one read."""
+    past, history = rows(5, batch=2), PastHistory()
+    expected = past
+    for step in range(MAX_CONSECUTIVE_COPIES + 5):
+        new = rows(1, batch=2)
+        past, buffer = append(buffers, past, new, history=history)
+        expected = cat(expected, new)
+        assert_same(past, expected)
+        assert header(buffer) == (PLANES_VALID if step < MAX_CONSECUTIVE_COPIES else PLANES_STALE)
+        past = past[0].flip(0), past[1].flip(0)
+        expected = expected[0].flip(0), expected[1].flip(0)
+    assert builder.rebuilds == MAX_CONSECUTIVE_COPIES
+    assert history.note == EXCHANGED_TOO_OFTEN
+
+
+def test_planes_come_back_when_the_cache_stays(buffers: AppendBuffers, builder: CountingBuilder) -> None:
+    past, history = rows(5), PastHistory()
+    for _ in range(MAX_CONSECUTIVE_COPIES + 1):
+        past, buffer = append(buffers, (past[0] * 2, past[1]), rows(1), history=history)
+    assert header(buffer) == PLANES_STALE
+    for _ in range(3):
+        past, buffer = append(buffers, past, rows(1), history=history)
+        assert header(buffer) == PLANES_VALID
+    assert builder.rebuilds == MAX_CONSECUTIVE_COPIES + 1
+    assert history.note == ""
+
+
+def test_growing_is_no_exchange(buffers: AppendBuffers) -> None:
+    past, history = rows(5), PastHistory()
+    for _ in range(10):
+        past, buffer = append(buffers, past, rows(SPARE_ROWS), history=history)
+        assert header(buffer) == PLANES_VALID
 
 
 def test_the_last_view_is_continued_in_place(buffers: AppendBuffers, builder: CountingBuilder) -> None:

@@ -142,6 +142,33 @@ def test_somebody_who_writes_between_all_calls_stops_the_rebuilds(store: Sidecar
     assert builder.rebuilds == MAX_CONSECUTIVE_REBUILDS + 1
 
 
+def test_a_new_tensor_in_place_of_the_last_at_each_call_counts_as_rebuilding(
+    store: SidecarStore, builder: RecordingBuilder
+) -> None:
+    """Beam search reorders the cache at every token, into new tensors."""
+    history, key, value = None, *caches()
+    for _ in range(MAX_CONSECUTIVE_REBUILDS + 5):
+        reordered = key.flip(0), value.flip(0)
+        del key, value
+        key, value = reordered
+        sidecar = store.before_call(key, value, history)
+        sidecar.record(key, value)
+        history = sidecar.history
+        del reordered
+    assert builder.rebuilds == MAX_CONSECUTIVE_REBUILDS
+    assert history.stale_reason == REBUILT_TOO_OFTEN
+
+
+def test_caches_that_take_turns_have_histories_of_their_own(store: SidecarStore, builder: RecordingBuilder) -> None:
+    pairs, history = [caches() for _ in range(MAX_CONSECUTIVE_REBUILDS + 3)], None
+    for pair in pairs:
+        sidecar = store.before_call(*pair, history)
+        sidecar.record(*pair)
+        history = sidecar.history
+        assert sidecar.valid
+    assert builder.rebuilds == len(pairs)
+
+
 def test_after_the_retry_a_quiet_cache_is_trusted_again(store: SidecarStore, builder: RecordingBuilder) -> None:
     key, value = caches()
     for _ in range(MAX_CONSECUTIVE_REBUILDS + STALE_CALLS):

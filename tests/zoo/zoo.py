@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -36,6 +37,9 @@ def main(
     dtypes: Annotated[str, typer.Option(help="separated by commas")] = "bfloat16,float32",
     seconds: Annotated[float, typer.Option(help="time limit of one class and dtype")] = 120.0,
     memory: Annotated[float, typer.Option(help="memory limit of one process, GiB")] = 6.0,
+    page_only: Annotated[
+        bool, typer.Option("--page", help="run nothing: write docs/zoo.md from the results there are")
+    ] = False,
 ) -> None:
     """Run what is missing, print the figures, and write docs/zoo.md after a run over all classes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no class goes on without us
@@ -49,6 +53,10 @@ def main(
     folder = ResultFolder(default_folder(ROOT, compiled=compiled), source_version(compiled=compiled))
     if fresh:
         folder.clear()
+    if page_only:
+        folder = ResultFolder(folder.path)  # whatever sources they were made from; the page says how many
+        _write_page(folder.read_all(entry.name for entry in classes), console)
+        return
     missing = tasks(classes, folder, dtypes.split(","))
     random.Random(0).shuffle(missing)  # what is done by the time of an interruption is a fair sample
     limits = Limits(seconds * (5 if compiled else 1), int(memory * GIB))
@@ -57,10 +65,14 @@ def main(
     results = folder.read_all(entry.name for entry in classes)
     show(results, console)
     if not only and not compiled and not tasks(classes, folder, tuple(DTYPES)):
-        PAGE.write_text(page(results))
-        console.print(f"wrote {PAGE.relative_to(ROOT)}")
+        _write_page(results, console)
     if any(run.verdict in (Verdict.WRONG, Verdict.ERROR) for result in results for run in result.runs):
         raise typer.Exit(1)
+
+
+def _write_page(results: Sequence[ClassResult], console: Console) -> None:
+    PAGE.write_text(page(results))
+    console.print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
 def _line(result: ClassResult) -> str:

@@ -29,7 +29,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 111}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
     "cpmant": {"prompt_length": 4, "prompt_types": 4, "segment_types": 4},
-    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    # All experts for each token: bf16 rounds its router's inputs so that two draws of the same error pick different ones.
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0, "ffn_config.moe_top_k": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {
         "mlp_layer_types": ["dense", "sparse"],

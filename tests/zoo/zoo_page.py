@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,7 +44,7 @@ def page(results: Sequence[ClassResult]) -> str:
     ordered = sorted(results, key=lambda result: result.name)
     parts = [
         _HEADER,
-        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}; {len(ordered)} classes.\n",
+        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}; {_counts(ordered)}.\n",
         _figures([figures(ordered, kind) for kind in KINDS]),
         _reasons(ordered),
         _failures("Wrong results", ordered, Verdict.WRONG),
@@ -52,6 +53,16 @@ def page(results: Sequence[ClassResult]) -> str:
         _failures("Not on stock", ordered, Verdict.NOT_ON_STOCK),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _counts(results: Sequence[ClassResult]) -> str:
+    """How many classes there are in each dtype, and, if the sources changed in between, in each state of them."""
+    dtypes = Counter(dtype for result in results for dtype in {run.combination.dtype for run in result.runs})
+    text = f"{len(results)} classes: " + ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
+    versions = Counter(result.version for result in results)
+    if len(versions) > 1:
+        text += "; sources: " + ", ".join(f"{version} for {count} of them" for version, count in versions.most_common())
+    return text
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

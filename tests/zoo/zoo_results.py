@@ -151,9 +151,9 @@ def source_version(*, compiled: bool, root: Path = ROOT) -> str:
 
 
 class ResultFolder:
-    """One JSON file per class; a file of another version counts as absent."""
+    """One JSON file per class; a file of another version than ``version`` counts as absent, if one is given."""
 
-    def __init__(self, path: Path, version: str) -> None:
+    def __init__(self, path: Path, version: str = "") -> None:
         self.path, self.version = path, version
 
     def file(self, name: str) -> Path:
@@ -173,7 +173,7 @@ class ResultFolder:
             result = from_json(self.file(name).read_text())
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return result if result.version == self.version else None
+        return result if self.version in ("", result.version) else None
 
     def read_all(self, names: Iterable[str]) -> tuple[ClassResult, ...]:
         """Those that are there."""
