@@ -6,7 +6,6 @@ The GPU's order of steps is :mod:`alignedkv_compile.reference_scan`, the certifi
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 
@@ -245,7 +244,7 @@ class AlignedRead:
 
     def _deserves_full_key(self, theta: torch.Tensor) -> torch.Tensor:
         """bool ``[T]``: rows of K whose addend at 8 bits is above ``theta [M, 1]``."""
-        return cast(torch.Tensor, (self.weights * self.finite_key * self.spread * self.key_8 > theta)).any(0)
+        return (self.weights * self.finite_key * self.spread * self.key_8 > theta).any(0)
 
     def _column(self, numbers: list[float]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=self.call.key.device)[:, None]

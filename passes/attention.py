@@ -13,7 +13,7 @@ from alignedkv_compile.layout import MAX_HEAD_DIM
 from alignedkv_compile.reasons import Reason
 from alignedkv_compile.torch_private import FakeTensor, generates_triton
 
-from .nodes import Declined, arguments, constant, depends_on_data, example_size, fake, operation, same, tensor_of
+from .nodes import Declined, arguments, constant, depends_on_data, example_size, fake, is_symbolic, operation, same, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall, AttentionSite, CacheOperand, MaskTerm
 from .softmax import written_out_call
 
@@ -77,7 +77,7 @@ def site_over(
     check_sinks(call, heads)
     for term in call.masks:
         check_mask(term, (fake(key.source).shape[0], heads, rows, fake(key.rows).shape[2]))
-    pads = any_rows and isinstance(rows, torch.SymInt) and not rows.node.expr.is_number
+    pads = any_rows and is_symbolic(rows)
     padded = MAX_ALIGNED_QUERY_ROWS if pads else int(rows)
     return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, padded, pads)
 

@@ -135,6 +135,11 @@ def depends_on_data(size: object) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
+def is_symbolic(size: object) -> bool:
+    """Whether a size is none that the graph is, or has become, specialised to."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def operation(node: Node) -> str:
     """Plain name of what a node computes; names outside torch and operator are qualified, so that they match nothing."""
     if node.op == "call_method":

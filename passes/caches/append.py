@@ -28,7 +28,7 @@ from alignedkv_compile.torch_private import fresh_size, generates_triton
 from ..attention import check_cache_pair, is_prefill, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, constant, fake
+from ..nodes import Declined, constant, fake, is_symbolic
 from ..records import AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..symbols import express, inputs_by_symbol
@@ -67,9 +67,7 @@ def append_site(
         for part, name in ((key, "K"), (value, "V")):
             check_readers(part, name, facts, frozenset())
         check_lengths(key, value, facts)
-    any_rows = (
-        key.kept_rows is None and isinstance(fake(key.new).shape[2], torch.SymInt) and _rows_input(key, facts) is not None
-    )
+    any_rows = key.kept_rows is None and _rows_input(key, facts) is not None
     return site_over(candidate.call, kind, candidate.index, *operands, any_rows=any_rows)
 
 
@@ -378,8 +376,8 @@ def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
 
 def _rows_input(parts: Concatenation, facts: GraphFacts) -> Node | None:
     """The graph input that says how many rows are appended, where the graph is symbolic in it."""
-    rows = fake(parts.new).shape[2]
-    return inputs_by_symbol(facts.placeholders).get(rows.node.expr) if isinstance(rows, torch.SymInt) else None
+    rows: Any = fake(parts.new).shape[2]
+    return inputs_by_symbol(facts.placeholders).get(rows.node.expr) if is_symbolic(rows) else None
 
 
 def _operand(folded: Fold, parts: Concatenation) -> CacheOperand:

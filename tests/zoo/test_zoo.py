@@ -236,3 +236,5 @@ def test_the_page_depends_on_the_results_alone(result: ClassResult) -> None:
     assert "| AForCausalLM | every site | some sites | written by N others |" in text
     assert "| BForCausalLM, static, bfloat16, tolerance 0 | `logits: the error is 7 times its limit` |" in text
     assert "/home" not in text
+    assert "2 classes: 2 in bfloat16, 1 in float32." in text
+    assert "sources: v1 for 1 of them, v2 for 1 of them." in page([result, replace(other, version="v2")])
