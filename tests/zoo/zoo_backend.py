@@ -20,6 +20,7 @@ from alignedkv_compile.layout import PLANES_VALID
 from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.options import parse
 from alignedkv_compile.passes import rewrite_graph
+from alignedkv_compile.passes.nodes import is_metadata
 from alignedkv_compile.report import GraphReport
 from alignedkv_compile.runtime import Runtime
 from alignedkv_compile.state.stores import Stores
@@ -67,7 +68,8 @@ class ZooGraph:
 
     Attributes:
         report: the backend's.
-        caches: names of graph inputs that held keys or values of a cache in some call, and of which layer.
+        caches: names of graph inputs that held keys or values of a cache in some call, and of which layer; of inputs whose
+            data the graph reads, for many a graph asks a cache for its length only.
     """
 
     report: GraphReport
@@ -101,7 +103,11 @@ class ZooBackend:
         self.graphs: dict[str, list[ZooGraph]] = {name: [] for name in variants}
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[object]) -> Compiled:
-        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs_read = {
+            position: node.name
+            for position, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+            if not all(map(is_metadata, node.users))
+        }
         runs: dict[str, tuple[Compiled, ZooGraph]] = {}
         for name, options in self._variants.items():
             run, report = self._compile_graph(gm, example_inputs, options)
@@ -112,7 +118,8 @@ class ZooBackend:
         def call(*inputs: object) -> Sequence[object]:
             run, graph = runs[self.selected]
             layers = {id(tensor): layer for layer, tensor in keys_and_values(self.cache)}
-            graph.caches |= {name: layers[id(one)] for name, one in zip(names, inputs, strict=True) if id(one) in layers}
+            taken = ((name, id(inputs[position])) for position, name in inputs_read.items())
+            graph.caches |= {name: layers[tensor] for name, tensor in taken if tensor in layers}
             return run(*inputs)
 
         return call
