@@ -13,6 +13,7 @@ from . import reference as reference  # gives the operators their eager meaning
 from .backend import alignedkv
 from .errors import (
     AlignedKVError,
+    CacheTypeError,
     DeclinedError,
     OptionValueError,
     StatisticsDisabledError,
@@ -22,6 +23,7 @@ from .errors import (
 )
 from .options import Options
 from .report import GraphReport, Report, report, reset_report
+from .state.live_rows import compact
 from .statistics import LayerStatistics, Statistics, reset_stats, stats
 
 try:
@@ -40,7 +42,9 @@ __all__ = [
     "reset_stats",
     "Statistics",
     "LayerStatistics",
+    "compact",
     "AlignedKVError",
+    "CacheTypeError",
     "DeclinedError",
     "OptionValueError",
     "StatisticsDisabledError",

@@ -81,6 +81,16 @@ class StatisticsDisabledError(AlignedKVError, RuntimeError):
         )
 
 
+class CacheTypeError(AlignedKVError, TypeError):
+    """``compact()`` was given something that is no cache."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"compact() takes a cache of transformers, whose layers are a list under `.layers`; a {name} has none. Pass what"
+            " the model takes as `past_key_values`."
+        )
+
+
 class CacheLengthError(AlignedKVError, RuntimeError):
     """A layer's past K and V differ in length, where ``cat`` and attention would have failed too."""
 

@@ -15,14 +15,15 @@ import torch
 
 from .. import torch_private
 from ..errors import CacheLengthError
-from ..layout import PLANES_STALE, ArenaLayout, padded_rows
+from ..layout import PLANES_STALE, ArenaLayout
+from .live_rows import register_growing_layers
 from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
 
-GROWTH = 1.5
-"""Capacity over live rows when a buffer is made: appends then cost a constant number of copies per row."""
-SPARE_ROWS = 256
-"""At least so many rows are free when a buffer is made."""
+GROWTH = 1.2
+"""Capacity over live rows when a buffer is made: appends then cost five copies of a row on average, however long the cache."""
+SPARE_BYTES, SPARE_ROWS = 64 << 10, 128
+"""But so much is free when a buffer is made, for each KV head over the whole batch, up to so many rows."""
 MAX_CONSECUTIVE_COPIES = 4
 """So many calls in a row over one graph input may find a past that must be copied and have planes made for it; then somebody
 evidently exchanges the cache between all calls, as beam search does, and planes would be made for a single read."""
@@ -68,15 +69,21 @@ class AppendBuffer:
         return self.key.shape[2]
 
 
-def grown_capacity(length: int) -> int:
-    """Rows of a new buffer that must hold ``length`` rows."""
-    return padded_rows(max(int(length * GROWTH), length + SPARE_ROWS))
+def grown_capacity(length: int, row_bytes: int) -> int:
+    """Rows of a new buffer that must hold ``length`` rows.
+
+    Args:
+        row_bytes: of a row of K and V, of one KV head of every batch entry.
+    """
+    spare = min(max(SPARE_BYTES // row_bytes, 1), SPARE_ROWS)
+    return max(int(length * GROWTH), length + spare)
 
 
 class AppendBuffers:
     """Every view that compiled code handed out last, and the buffer that it views; an entry dies with the view."""
 
     def __init__(self, builder: Builder) -> None:
+        register_growing_layers()
         self._views: WeakPairMap[AppendBuffer] = WeakPairMap()
         self._builder = builder
 
@@ -158,7 +165,8 @@ class AppendBuffers:
         return buffer.key.narrow(2, start, count), buffer.value.narrow(2, start, count)
 
     def _copy(self, past_key: torch.Tensor, past_value: torch.Tensor, rows: int) -> AppendBuffer:
-        capacity, length = grown_capacity(rows), past_key.shape[2]
+        length, (batch, _, _, key_dim) = past_key.shape[2], past_key.shape
+        capacity = grown_capacity(rows, batch * (key_dim + past_value.shape[3]) * past_key.element_size())
         with torch_private.normal_tensors():
             key, value = self.with_capacity(past_key, past_value, capacity)
         return AppendBuffer(key, value, None, length)
