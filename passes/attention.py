@@ -15,6 +15,7 @@ from alignedkv_compile.torch_private import FakeTensor, generates_triton
 
 from .nodes import Declined, arguments, constant, depends_on_data, example_size, fake, is_symbolic, operation, same, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionCall, AttentionSite, CacheOperand, MaskTerm
+from .sink_factor import call_times_factor
 from .softmax import written_out_call
 
 if TYPE_CHECKING:
@@ -28,8 +29,13 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 
 def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
     """Every softmax attention of a graph, over a cache or not, in graph order."""
-    calls = (_fused_call(node) or written_out_call(node) for node in graph.nodes)
-    return tuple(call for call in calls if call is not None)
+    calls: dict[Node, AttentionCall] = {}
+    for node in graph.nodes:
+        call = _fused_call(node) or written_out_call(node) or call_times_factor(node, calls)
+        if call is not None:
+            calls = {other: found for other, found in calls.items() if other not in call.inner}
+            calls[node] = call
+    return tuple(calls.values())
 
 
 def _fused_call(node: Node) -> AttentionCall | None:

@@ -89,7 +89,7 @@ def written_out_call(node: Node) -> AttentionCall | None:
         key_axes=FOLDED_KEY if folded else TRANSPOSED_KEY,
         value_axes=FOLDED_VALUE if operation(node) == "bmm" else PLAIN,
         inner=inner,
-        refusal=_second_reader(node, inner),
+        refusal=second_reader(node, inner),
     )
 
 
@@ -326,7 +326,7 @@ def _alpha(scores: Node) -> float:
     return float(alpha) if isinstance(alpha, (int, float)) else math.nan
 
 
-def _second_reader(node: Node, inner: frozenset[Node]) -> str:
+def second_reader(node: Node, inner: frozenset[Node]) -> str:
     """Why the scores or weights cannot go: something else reads or writes them; "" when nothing does."""
     for one in inner:
         for user in one.users:

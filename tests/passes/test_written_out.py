@@ -73,6 +73,15 @@ def with_sinks(t):
     return torch.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1] @ value
 
 
+def with_a_factor(t, logits_of_the_factor=lambda logits: logits):
+    """Granite's sinks: what they leave of the weights is a factor of the output."""
+    key, value = written(t)
+    logits = t["q"] @ key.transpose(2, 3) * 0.25 + t["mask"]
+    total = torch.logsumexp(logits_of_the_factor(logits), dim=-1)
+    left = (total - t["sinks"].view(1, -1, 1)).to(torch.float32).sigmoid()
+    return torch.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype) @ value * left.unsqueeze(-1).to(logits.dtype)
+
+
 def key_written_on_the_way(t):
     key, value = written(t)
     scores = t["q"] @ key.transpose(2, 3)
@@ -145,6 +154,7 @@ FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "casts": in_double_and_back,
     "soft cap": form(lambda t, x: torch.tanh(x * 0.25 / 2.0) * 2.0 + t["mask"]),
     "sinks": with_sinks,
+    "sinks as a factor": with_a_factor,
     "bmm": with_bmm,
     "baddbmm": with_baddbmm,
     "baddbmm and matmul": with_baddbmm_and_matmul,
@@ -222,6 +232,7 @@ NEAR_MISSES: dict[str, Callable[..., torch.Tensor]] = {
         torch.cat([t["q"] @ written(t)[0].transpose(2, 3), t["bias"].expand(BATCH, -1, 3, -1)], -1).softmax(-1)
         @ torch.cat([repeat_kv(t["V"])] * 2, 2)
     ),
+    "a factor of other logits": lambda t: with_a_factor(t, lambda logits: logits * 2),
     "sinks per batch entry": lambda t: (
         torch.cat([t["q"] @ written(t)[0].transpose(2, 3), t["q"][:, :, :, :1]], -1).softmax(-1)[..., :-1] @ repeat_kv(t["V"])
     ),
