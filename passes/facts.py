@@ -84,7 +84,7 @@ class GraphFacts:
                 continue
             if reader is call.scores and operand is call.key:
                 return call.node
-            if reader is call.node and operand is call.value:
+            if reader is call.value_reader and operand is call.value:
                 return call.node
         return None
 

@@ -99,6 +99,8 @@ def _check_unchanged(candidate: CandidateCall, facts: GraphFacts) -> None:
     for operand in (candidate.key.base, *call.operands):
         if isinstance(operand, Node) and facts.written_between(operand, call.scores, call.node):
             raise Declined(Reason.WRITE_ORDER, f"{operand.name} is written between the scores and the output of the attention")
+    if facts.written_between(candidate.value.base, call.value_reader, call.node):
+        raise Declined(Reason.WRITE_ORDER, f"{candidate.value.base.name} is written between the attention and its sinks")
 
 
 def _cache_behind(node: Node, facts: GraphFacts, depth: int = 4) -> Node | None:

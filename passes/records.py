@@ -112,6 +112,7 @@ class AttentionCall:
         key_axes, value_axes: how the operands are laid out, see :mod:`.views`.
         inner: nodes between the operands and ``node``, which go when it does.
         refusal: why the call cannot be rewritten whatever it reads, or "".
+        product: what multiplies weights and V, where ``node`` comes behind it.
     """
 
     node: torch.fx.Node
@@ -131,6 +132,12 @@ class AttentionCall:
     value_axes: Order = PLAIN
     inner: frozenset[torch.fx.Node] = frozenset()
     refusal: str = ""
+    product: torch.fx.Node | None = None
+
+    @property
+    def value_reader(self) -> torch.fx.Node:
+        """The node that reads V."""
+        return self.node if self.product is None else self.product
 
     @property
     def operands(self) -> frozenset[object]:

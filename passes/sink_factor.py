@@ -35,7 +35,8 @@ def call_times_factor(node: Node, calls: Mapping[Node, AttentionCall]) -> Attent
         sinks = _sinks_of(factor, call, chain)
         if sinks is not None:
             inner = call.inner | {call.node, *chain}
-            return replace(call, node=node, sinks=sinks, inner=inner, refusal=second_reader(node, inner))
+            refusal = second_reader(node, inner)
+            return replace(call, node=node, product=call.node, sinks=sinks, inner=inner, refusal=refusal)
     return None
 
 

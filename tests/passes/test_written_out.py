@@ -82,6 +82,15 @@ def with_a_factor(t, logits_of_the_factor=lambda logits: logits):
     return torch.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype) @ value * left.unsqueeze(-1).to(logits.dtype)
 
 
+def value_written_before_the_factor(t):
+    key, value = written(t)
+    logits = t["q"] @ key.transpose(2, 3)
+    output = torch.softmax(logits, dim=-1) @ value
+    t["K"].index_copy_(2, t["at"], t["k"] * 2)
+    t["V"].index_copy_(2, t["at"], t["v"] * 2)
+    return output * (torch.logsumexp(logits, dim=-1) - t["sinks"].view(1, -1, 1)).sigmoid()[..., None]
+
+
 def key_written_on_the_way(t):
     key, value = written(t)
     scores = t["q"] @ key.transpose(2, 3)
@@ -204,6 +213,21 @@ def test_over_a_concatenation(harness, same_as_stock, operations) -> None:
     assert operations(harness.last.module)["cat"] == 0
 
 
+def test_a_factor_over_a_concatenation(harness, same_as_stock, operations) -> None:
+    def layer(query, key, value, past_key, past_value, sinks):
+        keys, values = torch.cat([past_key, key], -2), torch.cat([past_value, value], -2)
+        logits = query @ keys.transpose(2, 3) / 4.0
+        left = (logits.logsumexp(-1) - sinks.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+        return logits.softmax(-1) @ values * left, keys, values
+
+    def new(rows):
+        return torch.randn(2, 4, rows, DIM)
+
+    same_as_stock(layer, harness, new(1), new(1), new(1), new(9), new(9), torch.randn(4))
+    assert harness.outcomes == [Outcome.REWRITTEN]
+    assert operations(harness.last.module)["cat"] == operations(harness.last.module)["sigmoid"] == 0
+
+
 def test_weights_that_are_returned_keep_the_attention(harness, same_as_stock, operations) -> None:
     def layer(t):
         key, value = written(t)
@@ -236,6 +260,7 @@ NEAR_MISSES: dict[str, Callable[..., torch.Tensor]] = {
     "sinks per batch entry": lambda t: (
         torch.cat([t["q"] @ written(t)[0].transpose(2, 3), t["q"][:, :, :, :1]], -1).softmax(-1)[..., :-1] @ repeat_kv(t["V"])
     ),
+    "values written before the factor": value_written_before_the_factor,
     "keys written on the way": key_written_on_the_way,
     "query written on the way": query_written_on_the_way,
     "mask turned round": form(lambda t, x: x.masked_fill(~t["attends"], LEAST) * -0.25),
