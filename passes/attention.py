@@ -79,7 +79,7 @@ def site_over(
     if is_prefill(call):
         return AttentionSite(index, call, kind, Outcome.PREFILL, query, key, value, (), 0.0, example_size(rows))
     scale = check_constants(call, key.rows)
-    heads = constant(fake(key.rows).shape[1]) * key.repeats if call.folded else fake(query).shape[1]
+    heads = constant(fake(key.rows).shape[1]) * key.repeats.count if call.folded else fake(query).shape[1]
     check_sinks(call, heads)
     for term in call.masks:
         check_mask(term, (fake(key.source).shape[0], heads, rows, fake(key.rows).shape[2]))
@@ -162,14 +162,16 @@ def check_query(call: AttentionCall, key: CacheOperand, value: CacheOperand) -> 
         raise Declined(Reason.SHAPE, "the query is not a 4-D tensor")
     cache_heads = constant(cache.shape[1])
     if call.folded:
-        if not _equal(query.shape[0], cache.shape[0] * cache_heads * key.repeats):
+        if not _equal(query.shape[0], cache.shape[0] * cache_heads * key.repeats.count):
             raise Declined(Reason.SHAPE, "the query has another batch size or number of heads than its keys")
     else:
         heads = constant(query.shape[1])
         if heads % cache_heads:
             raise Declined(Reason.SHAPE, f"{heads} query heads are no multiple of {cache_heads} KV heads")
-        if heads != cache_heads * key.repeats and not call.enable_gqa and cache_heads * key.repeats != 1:
-            raise Declined(Reason.SHAPE, f"{heads} query heads read {cache_heads * key.repeats} KV heads without enable_gqa")
+        if heads != cache_heads * key.repeats.count and not call.enable_gqa and cache_heads * key.repeats.count != 1:
+            raise Declined(
+                Reason.SHAPE, f"{heads} query heads read {cache_heads * key.repeats.count} KV heads without enable_gqa"
+            )
         if not _equal(query.shape[0], cache.shape[0]):
             raise Declined(Reason.SHAPE, "query and cache have different batch sizes")
     if key.repeats != value.repeats:

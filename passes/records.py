@@ -13,7 +13,7 @@ import torch.fx
 from alignedkv_compile.contract import Outcome
 from alignedkv_compile.reasons import Reason
 
-from .views import PLAIN, Order
+from .views import PLAIN, Order, Repeats
 
 if TYPE_CHECKING:
     from .caches.kind import CacheKind, CachePair
@@ -30,13 +30,13 @@ class CacheOperand:
         source: the placeholder of the cache, or of the past that it grows from; ``[B, H, C, D]``.
         rows: what attention reads, ``[B, H, T, D]``: the cache, or a node that was made of it.
         chain: view, expand and cast nodes between ``rows`` and the attention call, folded away by the rewrite.
-        repeats: query heads per KV head that the chain materialises (1 when grouped by ``enable_gqa`` or plain MHA).
+        repeats: query heads per KV head that the chain materialises (once when grouped by ``enable_gqa`` or plain MHA).
     """
 
     source: torch.fx.Node
     rows: torch.fx.Node
     chain: tuple[torch.fx.Node, ...]
-    repeats: int
+    repeats: Repeats
 
 
 @dataclass(frozen=True)

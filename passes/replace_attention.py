@@ -125,7 +125,7 @@ def _four_dimensional(mask: Node, folded: bool, site: AttentionSite, editor: Gra
 def query_heads(site: AttentionSite) -> int:
     """``Hq`` of a rewritten site."""
     if site.call.folded:
-        return constant(fake(site.key.source).shape[1]) * site.key.repeats
+        return constant(fake(site.key.source).shape[1]) * site.key.repeats.count
     return constant(fake(site.query).shape[1])
 
 
@@ -148,7 +148,13 @@ def replace_attention(
         if site.call.folded:
             query = editor.method("unflatten", query, 0, (editor.size(site.key.source, 0), -1))
         sinks = None if site.call.sinks is None else editor.current(site.call.sinks)
+        tiles = site.key.repeats.count, constant(fake(site.key.source).shape[1])
+        if site.key.repeats.tiled:
+            query = _heads_swapped(query, 1, tiles, editor)
+            sinks = None if sinks is None else _heads_swapped(sinks, 0, tiles, editor)
         mask, rows = reads.mask, editor.size(query, 2) if site.pads_query else None
+        if site.key.repeats.tiled and mask is not None and not same(fake(mask).shape[1], 1):
+            mask = _heads_swapped(mask, 1, tiles, editor)
         if isinstance(rows, Node):
             query, mask = _padded(query, mask, rows, site.query_rows, editor)
         result = editor.function(
@@ -168,6 +174,8 @@ def replace_attention(
             **statistics.arguments(site.index),
         )
         result = result if reads.finish is None else reads.finish(result)
+        if site.key.repeats.tiled:
+            result = _heads_swapped(result, 1, tiles[::-1], editor)
         if rows is not None:
             result = editor.method("index_select", result, 2, editor.function(torch.arange, rows, device=original.device))
         if fake(result).dtype != original.dtype:
@@ -179,6 +187,12 @@ def replace_attention(
     editor.replace(site.attention, result)
     editor.erase_unused(site.call.inner)
     editor.erase_unused((*site.key.chain, *site.value.chain))
+
+
+def _heads_swapped(node: Node, dim: int, tiles: tuple[int, int], editor: GraphEditor) -> Node:
+    """Heads ``a * tiles[1] + b`` of a dimension in the order ``b * tiles[0] + a``."""
+    apart = editor.method("unflatten", node, dim, tiles)
+    return editor.method("flatten", editor.method("transpose", apart, dim, dim + 1), dim, dim + 1)
 
 
 def _padded(query: Node, mask: Node | None, rows: Node, wanted: int, editor: GraphEditor) -> tuple[Node, Node]:

@@ -9,7 +9,7 @@ per axis, and every view moves labels around:
 
 The chain may be folded if it ends as ``[batch] [head, repeats...] [row] [element]``: then query head ``i``
 reads KV head ``i // n``, which is what grouped-query attention computes. ``.repeat(1, n, 1, 1)`` ends as
-``[repeat n, head]`` and may not be folded.
+``[repeat n, head]``: query head ``i`` reads KV head ``i % H``, and the query's heads must be put in the other order.
 """
 
 from __future__ import annotations
@@ -72,6 +72,19 @@ class Fold:
     order: Order = PLAIN
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """How a chain repeats KV heads.
+
+    Attributes:
+        count: how often (1 when it does not).
+        tiled: all heads in turn rather than each in place.
+    """
+
+    count: int
+    tiled: bool = False
+
+
 def is_cast(node: Node) -> bool:
     """Whether a node changes at most a tensor's dtype, device or strides."""
     return operation(node) in _CASTS
@@ -92,8 +105,8 @@ def fold(operand: Node, order: Order = PLAIN) -> Fold:
     return Fold(node, tuple(reversed(chain)), order)
 
 
-def head_repeats(folded: Fold) -> int:
-    """How often the chain repeats each KV head in place (1 when it does not).
+def head_repeats(folded: Fold) -> Repeats:
+    """How often the chain repeats each KV head.
 
     Raises:
         Declined: the chain is not a plain grouping of the ``[B, H, T, D]`` tensor that it starts from.
@@ -229,23 +242,28 @@ def _sizes(values: object) -> list[int]:
     return flat
 
 
-def _grouping(axes: Axes, order: Order) -> int:
+def _grouping(axes: Axes, order: Order) -> Repeats:
     if len(axes) != len(order):
         raise Declined(Reason.REARRANGED, "attention reads the cache in another order than [batch, head, row, element]")
-    for dimension, expected in zip(axes, order, strict=True):
-        _check_dimension([axis.label for axis in dimension], expected)
+    dimensions = zip(axes, order, strict=True)
+    tiled = [_check_dimension([axis.label for axis in dimension], expected) for dimension, expected in dimensions]
     repeats = [axis for dimension in axes for axis in dimension if axis.label == "repeat"]
-    return math.prod(constant(axis.size) for axis in repeats)
+    return Repeats(math.prod(constant(axis.size) for axis in repeats), any(tiled))
 
 
-def _check_dimension(labels: list[str], expected: tuple[str, ...]) -> None:
-    """Labels of size 1 are missing; repeats stand behind the head."""
+def _check_dimension(labels: list[str], expected: tuple[str, ...]) -> bool:
+    """Labels of size 1 are missing; repeats stand behind the head, or all before it, which is what is returned."""
     place = 0
     for number, label in enumerate(labels):
         if label == "repeat":
-            if "head" not in expected or any(later != "repeat" for later in labels[number:]):
-                raise Declined(Reason.REARRANGED, "KV heads are repeated in another order than n times each")
-        elif label in expected[place:]:
+            others = [later for later in labels[number:] if later != "repeat"]
+            if "head" in expected and not others:
+                return False
+            if others != ["head"] or labels[-1] != "head" or "head" not in expected[place:]:
+                raise Declined(Reason.REARRANGED, "KV heads are repeated in another order than n times each or n times all")
+            return True
+        if label in expected[place:]:
             place = expected.index(label) + 1
         else:
             raise Declined(Reason.REARRANGED, "attention reads the cache in another order than [batch, head, row, element]")
+    return False

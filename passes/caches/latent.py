@@ -143,7 +143,7 @@ def check_expansion(found: Expansion, candidate: CandidateCall, latent: Node, ro
     tensors = [weight, *(fake(node) for node in (latent, found.product, found.key)), tensor_of(candidate.call.query)]
     if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
         raise Declined(Reason.DTYPE, "latents, their projection and the query have different dtypes")
-    if any(head_repeats(folded) != 1 for folded in (candidate.key, candidate.value)):
+    if any(head_repeats(folded).count != 1 for folded in (candidate.key, candidate.value)):
         raise Declined(Reason.REARRANGED, "the heads are repeated after the latents were expanded")
     for node, name in ((found.weight, "the projection's weight"), (found.product, "what the latents are expanded to")):
         writers = facts.writers(node)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from alignedkv_compile.passes.nodes import Declined
-from alignedkv_compile.passes.views import fold, head_repeats
+from alignedkv_compile.passes.views import Repeats, fold, head_repeats
 
 Chain = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,8 +46,8 @@ FOLDED: list[tuple[int, Chain]] = [
     (5, lambda x: x.unsqueeze(2).repeat(1, 1, 5, 1, 1).reshape(2, 15, 8, 4)),
 ]
 REFUSED: list[tuple[str, Chain]] = [
-    ("repeated in another order", lambda x: x.repeat(1, 5, 1, 1)),
-    ("repeated in another order", lambda x: x[:, None].expand(2, 5, 3, 8, 4).reshape(2, 15, 8, 4)),
+    ("repeated in another order", lambda x: x.repeat_interleave(2, 1).repeat(1, 5, 1, 1)),
+    ("repeated in another order", lambda x: x.repeat(5, 1, 1, 1)),
     ("another order", lambda x: x.transpose(1, 2)),
     ("another order", lambda x: x.transpose(2, 3)),
     ("another order", lambda x: x.repeat_interleave(2, dim=0)),
@@ -63,12 +63,25 @@ REFUSED: list[tuple[str, Chain]] = [
 ]
 
 
-@pytest.mark.parametrize(("repeats", "chain"), FOLDED)
-def test_folded(repeats: int, chain: Chain) -> None:
+TILED: list[tuple[int, Chain]] = [
+    (5, lambda x: x.repeat(1, 5, 1, 1)),
+    (5, lambda x: x[:, None].expand(2, 5, 3, 8, 4).reshape(2, 15, 8, 4)),
+    (6, lambda x: x.repeat(1, 2, 1, 1).repeat(1, 3, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("tiled", "repeats", "chain"), [*((False, *one) for one in FOLDED), *((True, *one) for one in TILED)])
+def test_folded(tiled: bool, repeats: int, chain: Chain) -> None:
     operand = trace(chain)
     folded = fold(operand)
     assert folded.base.op == "placeholder"
-    assert head_repeats(folded) == repeats
+    assert head_repeats(folded) == Repeats(repeats, tiled)
+
+
+@pytest.mark.parametrize(("repeats", "chain"), TILED)
+def test_a_tiled_fold_means_what_the_chain_computes(repeats: int, chain: Chain) -> None:
+    cache = torch.randn(2, 3, 8, 4)
+    assert torch.equal(cache.repeat(1, repeats, 1, 1), chain(cache))
 
 
 @pytest.mark.parametrize(("repeats", "chain"), FOLDED)
@@ -87,4 +100,4 @@ def test_refused(reason: str, chain: Chain) -> None:
 
 def test_one_kv_head_may_be_repeated_in_any_order() -> None:
     operand = trace(lambda x: x.repeat(1, 5, 1, 1), shape=(2, 1, 8, 4))
-    assert head_repeats(fold(operand)) == 5
+    assert head_repeats(fold(operand)) == Repeats(5)

@@ -145,6 +145,24 @@ def with_a_folded_bias(t):
     return folded_scores(t, lambda query, key: torch.bmm(query, key) * 0.25 + t["alibi"])
 
 
+def written_in_tiles(t) -> tuple[torch.Tensor, torch.Tensor]:
+    """KV heads in turn, as JetMoe repeats them: query head i reads KV head i % H."""
+    written(t)
+    return t["K"].repeat(1, GROUP, 1, 1), t["V"].repeat(1, GROUP, 1, 1)
+
+
+def with_tiled_heads(t):
+    key, value = written_in_tiles(t)
+    return (t["q"] @ key.transpose(2, 3) * 0.25 + t["bias"]).softmax(-1) @ value
+
+
+def with_tiled_heads_and_sinks(t):
+    key, value = written_in_tiles(t)
+    logits = t["q"] @ key.transpose(2, 3) + t["mask"]
+    sinks = t["sinks"].reshape(1, -1, 1, 1).expand(BATCH, -1, logits.shape[2], -1)
+    return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1] @ value
+
+
 FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "bare": form(lambda t, x: x),
     "scaled": form(lambda t, x: x * 0.25),
@@ -164,6 +182,8 @@ FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "soft cap": form(lambda t, x: torch.tanh(x * 0.25 / 2.0) * 2.0 + t["mask"]),
     "sinks": with_sinks,
     "sinks as a factor": with_a_factor,
+    "tiled heads": with_tiled_heads,
+    "tiled heads and sinks": with_tiled_heads_and_sinks,
     "bmm": with_bmm,
     "baddbmm": with_baddbmm,
     "baddbmm and matmul": with_baddbmm_and_matmul,
