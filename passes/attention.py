@@ -57,19 +57,8 @@ def _fused_call(node: Node) -> AttentionCall | None:
     )
 
 
-def site_over(
-    call: AttentionCall,
-    kind: CacheKind,
-    index: int,
-    key: CacheOperand,
-    value: CacheOperand,
-    *,
-    any_rows: bool = False,
-) -> AttentionSite:
+def site_over(call: AttentionCall, kind: CacheKind, index: int, key: CacheOperand, value: CacheOperand) -> AttentionSite:
     """The record of a call over two cache operands that fit together.
-
-    Args:
-        any_rows: whether the graph may stay symbolic in the number of query rows; else it is specialised.
 
     Raises:
         Declined: it is not what the aligned read computes.
@@ -83,9 +72,7 @@ def site_over(
     check_sinks(call, heads)
     for term in call.masks:
         check_mask(term, (fake(key.source).shape[0], heads, rows, fake(key.rows).shape[2]))
-    pads = any_rows and is_symbolic(rows)
-    padded = MAX_ALIGNED_QUERY_ROWS if pads else int(rows)
-    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, padded, pads)
+    return AttentionSite(index, call, kind, Outcome.REWRITTEN, query, key, value, call.masks, scale, int(rows))
 
 
 def check_cache_tensor(node: Node, name: str) -> None:
@@ -237,7 +224,10 @@ def check_sinks(call: AttentionCall, heads: int | torch.SymInt) -> None:
 
 
 def is_prefill(call: AttentionCall) -> bool:
-    """Whether a call's query is longer than the aligned read takes. A symbolic length is decided by a guard.
+    """Whether a call's query is longer than the aligned read takes, or its length varies.
+
+    Kernels are generated for a number of query rows. Where Dynamo has found that it varies (the questions of a chat, an
+    assistant's candidates), a graph for each would take longer to compile than it ever saves.
 
     Raises:
         Declined: the length depends on data, or there is no such query.
@@ -247,7 +237,7 @@ def is_prefill(call: AttentionCall) -> bool:
         raise Declined(Reason.SHAPE, "the query is not a 4-D tensor")
     if depends_on_data(query.shape[-2]):
         raise Declined(Reason.LENGTH, "the query length depends on data")
-    return bool(query.shape[-2] > MAX_ALIGNED_QUERY_ROWS)
+    return is_symbolic(query.shape[-2]) or bool(query.shape[-2] > MAX_ALIGNED_QUERY_ROWS)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -69,8 +69,7 @@ class AttentionSite:
         key, value: the cache operands.
         masks: the call's, once they are known to be tensors that fit.
         scale: the factor on the scores; SDPA's default ``1/sqrt(Dk)`` is filled in.
-        query_rows: ``Q``. Where the graph is symbolic in it: what a read pads its query to, or the example's value (PREFILL).
-        pads_query: whether the read does.
+        query_rows: ``Q``; the example's value where the graph is symbolic in it (PREFILL only).
     """
 
     index: int
@@ -83,7 +82,6 @@ class AttentionSite:
     masks: tuple[MaskTerm, ...]
     scale: float
     query_rows: int
-    pads_query: bool = False
 
     @property
     def attention(self) -> torch.fx.Node:

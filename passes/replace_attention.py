@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,11 +151,9 @@ def replace_attention(
         if site.key.repeats.tiled:
             query = _heads_swapped(query, 1, tiles, editor)
             sinks = None if sinks is None else _heads_swapped(sinks, 0, tiles, editor)
-        mask, rows = reads.mask, editor.size(query, 2) if site.pads_query else None
+        mask = reads.mask
         if site.key.repeats.tiled and mask is not None and not same(fake(mask).shape[1], 1):
             mask = _heads_swapped(mask, 1, tiles, editor)
-        if isinstance(rows, Node):
-            query, mask = _padded(query, mask, rows, site.query_rows, editor)
         result = editor.function(
             statistics.operator,
             query if reads.query is None else reads.query,
@@ -176,8 +173,6 @@ def replace_attention(
         result = result if reads.finish is None else reads.finish(result)
         if site.key.repeats.tiled:
             result = _heads_swapped(result, 1, tiles[::-1], editor)
-        if rows is not None:
-            result = editor.method("index_select", result, 2, editor.function(torch.arange, rows, device=original.device))
         if fake(result).dtype != original.dtype:
             result = editor.method("to", result, original.dtype)
         if original.dim() == 3:
@@ -193,27 +188,6 @@ def _heads_swapped(node: Node, dim: int, tiles: tuple[int, int], editor: GraphEd
     """Heads ``a * tiles[1] + b`` of a dimension in the order ``b * tiles[0] + a``."""
     apart = editor.method("unflatten", node, dim, tiles)
     return editor.method("flatten", editor.method("transpose", apart, dim, dim + 1), dim, dim + 1)
-
-
-def _padded(query: Node, mask: Node | None, rows: Node, wanted: int, editor: GraphEditor) -> tuple[Node, Node]:
-    """A query ``[B, Hq, rows, Dk]`` as one of ``wanted`` rows, and a mask under which those added attend to nothing.
-
-    Nothing is read for them. They repeat the first row, and it is gathering that cuts them off again: a tensor of the missing
-    rows, or a view of the others, would guard on there being any missing, and as many rows as wanted would get a graph of their
-    own.
-    """
-    steps = editor.function(torch.arange, wanted, device=fake(query).device)
-    real = editor.function(operator.lt, steps, rows)
-    index = editor.function(torch.where, real, steps, 0)
-    query = editor.method("index_select", query, 2, index)
-    real = editor.method("view", real, 1, 1, -1, 1)
-    if mask is None:
-        return query, real
-    if not same(fake(mask).shape[2], 1):
-        mask = editor.method("index_select", mask, 2, index)
-    if fake(mask).dtype == torch.bool:
-        return query, editor.method("logical_and", mask, real)
-    return query, editor.function(torch.where, real, mask, -math.inf)
 
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
@@ -233,7 +207,7 @@ def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) 
     order = sorted(range(original.dim()), key=strides.__getitem__, reverse=True)
     inverse = [order.index(dim) for dim in range(original.dim())]
     permuted = editor.method("permute", result, *order)
-    dense = editor.method("clone", permuted, memory_format=torch.contiguous_format)
+    dense = editor.method("contiguous", permuted)
     return editor.method("permute", dense, *inverse)
 
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from alignedkv_compile.contract import Outcome, SiteReport
 
-from .nodes import fake, tensor_of
+from .nodes import fake, is_symbolic, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Pairing
 from .replace_attention import AlignmentOptions, least_context
 
@@ -29,7 +29,9 @@ def report_sites(pairing: Pairing, options: AlignmentOptions) -> tuple[SiteRepor
 
 
 def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
-    long = f"{site.query_rows} query rows are more than {MAX_ALIGNED_QUERY_ROWS}: stock attention"
+    rows = f"{site.query_rows} query rows are more than {MAX_ALIGNED_QUERY_ROWS}"
+    if site.outcome is Outcome.PREFILL and is_symbolic(fake(site.query).shape[-2]):
+        rows = "the number of query rows varies"
     return SiteReport(
         index=site.index,
         outcome=site.outcome,
@@ -37,7 +39,7 @@ def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
         where=_where(site.attention),
         cache=(site.key.source.name, site.value.source.name),
         shape=f"query {_shape(site.query)}, cache {_shape(site.key.rows)}",
-        reason=long if site.outcome is Outcome.PREFILL else _streamed(site, options),
+        reason=f"{rows}: stock attention" if site.outcome is Outcome.PREFILL else _streamed(site, options),
     )
 
 

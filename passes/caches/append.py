@@ -28,7 +28,7 @@ from alignedkv_compile.torch_private import fresh_size, generates_triton
 from ..attention import check_cache_pair, is_prefill, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, constant, fake, is_symbolic
+from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..symbols import express, inputs_by_symbol
@@ -67,8 +67,7 @@ def append_site(
         for part, name in ((key, "K"), (value, "V")):
             check_readers(part, name, facts, frozenset())
         check_lengths(key, value, facts)
-    any_rows = key.kept_rows is None and _rows_input(key, facts) is not None
-    return site_over(candidate.call, kind, candidate.index, *operands, any_rows=any_rows)
+    return site_over(candidate.call, kind, candidate.index, *operands)
 
 
 def append_pair(
@@ -86,9 +85,7 @@ def append_pair(
     for part, name in ((key, "K"), (value, "V")):
         if not data_readers(part, name, facts, frozenset()) <= calls:
             raise Declined(Reason.SECOND_READER, "another attention call over the same cache is not rewritten")
-    rows_input = _rows_input(key, facts) if any(site.pads_query for site in rewritten) else None
-    new_rows = fake(key.new).shape[2] if rows_input is not None else int(fake(key.new).shape[2])
-    return AppendPair(key, value, new_rows, rows_input, rewritten)
+    return AppendPair(key, value, int(fake(key.new).shape[2]), rewritten)
 
 
 @dataclass(frozen=True)
@@ -98,14 +95,12 @@ class AppendPair:
     Attributes:
         key, value: the concatenations.
         new_rows: rows appended.
-        rows_input: the graph input that says how many; None where the number is a constant.
         sites: the attention calls over the pair; all are REWRITTEN.
     """
 
     key: Concatenation
     value: Concatenation
-    new_rows: int | torch.SymInt
-    rows_input: Node | None
+    new_rows: int
     sites: tuple[AttentionSite, ...]
     preallocated: tuple[Node, ...] = ()
 
@@ -125,7 +120,7 @@ class AppendPair:
         for site in self.sites:
             replace_attention(site, editor, options, statistics, functools.partial(live_rows_read, buffers, live))
         drop_concatenations((self.key, self.value), editor)
-        return AppendInputs(self.key, self.value, self.rows_input or int(self.new_rows), buffers)
+        return AppendInputs(self.key, self.value, self.new_rows, buffers)
 
 
 def expected_append(parts: Sequence[Concatenation], chains: frozenset[str], options: AlignmentOptions) -> Expected:
@@ -194,20 +189,14 @@ class LiveRows:
 
 
 def append_rows(
-    buffers: BufferInputs,
-    past_rows: int | torch.SymInt,
-    new_key: Node,
-    new_value: Node,
-    new_rows: int | torch.SymInt,
-    editor: GraphEditor,
+    buffers: BufferInputs, past_rows: int | torch.SymInt, new_key: Node, new_value: Node, new_rows: int, editor: GraphEditor
 ) -> LiveRows:
     """Write the new rows behind the past's."""
     symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
     past_length: Any = express(past_rows, symbols, editor.function)
-    count: Any = express(new_rows, symbols, editor.function)
-    length = editor.plus(past_length, count)
+    length = editor.plus(past_length, new_rows)
     end = past_length if buffers.position is None else editor.function(operator.add, buffers.position, past_length)
-    steps = editor.function(torch.arange, count, device=fake(buffers.key).device)
+    steps = editor.function(torch.arange, new_rows, device=fake(buffers.key).device)
     positions = editor.function(operator.add, steps, end)
     editor.method("index_copy_", buffers.key, 2, positions, new_key)
     editor.method("index_copy_", buffers.value, 2, positions, new_value)
@@ -243,13 +232,13 @@ class AppendInputs:
 
     Attributes:
         key, value: the concatenations.
-        new_rows: rows appended, or the graph input that says how many.
+        new_rows: rows appended.
         store: where the buffers are found.
     """
 
     key: Concatenation
     value: Concatenation
-    new_rows: int | Node
+    new_rows: int
     buffers: BufferInputs
     store: type[AppendBuffers] = AppendBuffers
 
@@ -268,8 +257,7 @@ class AppendInputs:
             position_input=None if buffers.position is None else now.index(buffers.position),
             key_outputs=positions.returned(self.key.kept),
             value_outputs=positions.returned(self.value.kept),
-            new_rows=None if isinstance(self.new_rows, Node) else self.new_rows,
-            new_rows_input=inputs.index(self.new_rows) if isinstance(self.new_rows, Node) else None,
+            new_rows=self.new_rows,
             kept_rows=self.key.kept_rows,
             largest_capacity=buffers.largest_capacity,
             store=self.store,
@@ -287,8 +275,7 @@ class AppendBinding:
         position_input: of the row at which the past begins in the buffer; None where that is the first.
         key_outputs, value_outputs: positions among Dynamo's graph outputs that are filled with views of the buffers' live
             rows; the rewritten graph does not return them.
-        new_rows: how many rows a call appends; None where an input says so.
-        new_rows_input: position of that input among Dynamo's example inputs.
+        new_rows: how many rows a call appends (a query whose length varies keeps stock attention, so it is an int).
         kept_rows: at most so many rows become the next past, the last ones; None for all.
         largest_capacity: rows that the compiled code can address in a buffer, or None.
         store: where the buffers are found.
@@ -302,8 +289,7 @@ class AppendBinding:
     position_input: int | None
     key_outputs: tuple[int, ...]
     value_outputs: tuple[int, ...]
-    new_rows: int | None
-    new_rows_input: int | None
+    new_rows: int
     kept_rows: int | None
     largest_capacity: int | None
     store: type[AppendBuffers]
@@ -328,7 +314,7 @@ class BoundAppend:
         buffer = self._buffers.before_call(
             past_key,
             past_value,
-            self._new_rows(args),
+            binding.new_rows,
             with_planes=binding.planes_input is not None,
             any_start=binding.position_input is not None,
             history=self._history,
@@ -347,7 +333,7 @@ class BoundAppend:
 
     def after_call(self, held: AppendBuffer, args: Sequence[Any], outputs: list[object]) -> None:
         binding = self._binding
-        key_view, value_view = self._buffers.after_call(held, self._new_rows(args), binding.kept_rows)
+        key_view, value_view = self._buffers.after_call(held, binding.new_rows, binding.kept_rows)
         for position in binding.key_outputs:
             outputs[position] = key_view
         for position in binding.value_outputs:
@@ -355,10 +341,6 @@ class BoundAppend:
 
     def failed(self, held: AppendBuffer) -> None:
         """The past has lost its claim on the buffer already: who continues it gets a copy."""
-
-    def _new_rows(self, args: Sequence[Any]) -> int:
-        binding = self._binding
-        return args[binding.new_rows_input] if binding.new_rows is None else binding.new_rows  # type: ignore[index]
 
 
 def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
@@ -372,12 +354,6 @@ def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
     heads = constant(key.shape[0]) * constant(key.shape[1])
     arena = ArenaLayout(heads, BLOCK_ROWS, constant(key.shape[3]), constant(value.shape[3]))
     return MAX_INDEX // arena.total * BLOCK_ROWS
-
-
-def _rows_input(parts: Concatenation, facts: GraphFacts) -> Node | None:
-    """The graph input that says how many rows are appended, where the graph is symbolic in it."""
-    rows: Any = fake(parts.new).shape[2]
-    return inputs_by_symbol(facts.placeholders).get(rows.node.expr) if is_symbolic(rows) else None
 
 
 def _operand(folded: Fold, parts: Concatenation) -> CacheOperand:

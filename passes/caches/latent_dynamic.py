@@ -31,6 +31,7 @@ from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, replace_attention
+from ..views import Repeats
 from .append import (
     AppendInputs,
     BufferInputs,
@@ -79,8 +80,8 @@ class LatentDynamicKind:
                     check_readers(parts, name, facts, frozenset(found.nodes))
             if not is_prefill(candidate.call):
                 check_lengths(latent, rope, facts)
-            key = CacheOperand(latent.past, found.key, candidate.key.chain, 1)
-            value = CacheOperand(rope.past, found.value, candidate.value.chain, 1)
+            key = CacheOperand(latent.past, found.key, candidate.key.chain, Repeats(1))
+            value = CacheOperand(rope.past, found.value, candidate.value.chain, Repeats(1))
             return site_over(candidate.call, self, candidate.index, key, value)
         except Declined as refusal:
             raise Declined(refusal.reason, str(refusal), (latent.past, rope.past)) from None

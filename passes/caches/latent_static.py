@@ -31,6 +31,7 @@ from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionCall, AttentionSite, CacheOperand
 from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
+from ..views import Repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .latent import (
     UNCERTIFIABLE,
@@ -67,9 +68,9 @@ class LatentStaticKind:
             if not bool(fake(latent).shape[2] == fake(rope).shape[2]):
                 raise Declined(Reason.LENGTH, "latents and rope keys have different numbers of rows")
             _check_order(write_pairs(latent, rope, facts), found, candidate.call, facts)
-            key = CacheOperand(latent, found.key, candidate.key.chain, 1)
+            key = CacheOperand(latent, found.key, candidate.key.chain, Repeats(1))
             return site_over(
-                candidate.call, self, candidate.index, key, CacheOperand(rope, found.value, candidate.value.chain, 1)
+                candidate.call, self, candidate.index, key, CacheOperand(rope, found.value, candidate.value.chain, Repeats(1))
             )
         except Declined as refusal:
             raise Declined(refusal.reason, str(refusal), (latent, rope)) from None

@@ -68,7 +68,7 @@ class StaticKind:
         last = _last_write(write_pairs(key_cache, value_cache, facts), candidate.call.node, facts)
         key = _operand(candidate.key, key_cache, last.key, facts)
         value = _operand(candidate.value, value_cache, last.value, facts)
-        return site_over(candidate.call, self, candidate.index, key, value, any_rows=True)
+        return site_over(candidate.call, self, candidate.index, key, value)
 
     def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> StaticPair:
         key, value = sites[0].key.source, sites[0].value.source

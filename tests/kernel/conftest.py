@@ -14,9 +14,24 @@ from alignedkv_compile.lowering.cpp_kernel import Template
 from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE
 
 EMULATION = Path(__file__).parent / "avx512_emulation.h"
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests that go over shapes and instruction sets, `make test` takes each shape with one set, one after the other."""
+    shapes: dict[object, list[object]] = {}
+    for item in items:
+        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if {"isa", "shape"} <= chosen.keys():
+            seen = shapes.setdefault(item.function, [])  # type: ignore[attr-defined]
+            if chosen["shape"] not in seen:
+                seen.append(chosen["shape"])
+            if chosen["isa"] != INSTRUCTION_SETS[seen.index(chosen["shape"]) % len(INSTRUCTION_SETS)]:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernels are generated for this instruction set; AVX-512 is emulated on a machine without it."""
     name: str = request.param

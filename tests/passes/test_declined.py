@@ -105,7 +105,7 @@ def copied_over(t):
 
 def repeated_in_blocks(t):
     write(t)
-    return attend(t["q"].repeat(1, 2, 1, 1), t["K"].repeat(1, 2, 1, 1), t["V"].repeat(1, 2, 1, 1))
+    return attend(t["q"].repeat(1, 4, 1, 1), *(t[name].repeat_interleave(2, 1).repeat(1, 2, 1, 1) for name in "KV"))
 
 
 def written_on_dim_3(t):

@@ -183,7 +183,7 @@ def test_dynamic_latents_over_many_steps_with_edits_forks_and_crops(eager_backen
         expected, *stock = dynamic_step(*inputs, *stock, weight)
         assert (actual - expected).abs().max() < 1e-5
         assert all(map(torch.equal, cache, stock))
-        assert backend.outcomes == [Outcome.REWRITTEN]
+        assert backend.graphs[0].sites[0].outcome is Outcome.REWRITTEN
 
 
 def test_one_graph_for_all_lengths(eager_backend) -> None:
@@ -461,7 +461,7 @@ def test_models_with_latents(eager_backend, name: str, kind: str, dtype: torch.d
     for run, cache in zip((model, model, truth_model), made, strict=True):
         run(prompt, past_key_values=cache)
     errors = []
-    for rows in (1, 1, 4, 1, 1):
+    for rows in (4, 1, 1, 1, 1):
         tokens = torch.randint(0, 128, (2, rows))
         actual, stock, truth = (run(tokens, past_key_values=cache).logits for run, cache in zip(runs, made, strict=True))
         assert backend.outcomes == [Outcome.REWRITTEN] * 2

@@ -61,7 +61,7 @@ def test_decoding_computes_what_the_model_does(harness, kind: str, name: str, dt
     prompt = torch.randint(0, 128, (2, 7))
     for run, cache in zip((model, model, truth_model), caches, strict=True):
         logits(run, cache, prompt)
-    for rows in (1, 1, 4):
+    for rows in (4, 1, 1):
         tokens = torch.randint(0, 128, (2, rows))
         actual, stock, truth = (
             logits(run, cache, tokens) for run, cache in zip((compiled, model, truth_model), caches, strict=True)
@@ -127,7 +127,9 @@ def test_layers_with_sliding_windows(eager_backend, kind: str) -> None:
     for rows in [1] * 6 + [4, 1, 1, 3, 1]:
         tokens = torch.randint(0, 128, (1, rows))
         torch.testing.assert_close(logits(compiled, cache, tokens), logits(model, stock_cache, tokens), rtol=0, atol=2e-5)
-        assert backend.outcomes == [Outcome.REWRITTEN] * 2
+        outcomes = [[site.outcome for site in graph.sites] for graph in backend.graphs]
+        assert [Outcome.REWRITTEN] * 2 in outcomes
+        assert rows == 1 or [Outcome.PREFILL] * 2 in outcomes, "their number varies"
     for layer, stock_layer in zip(cache.layers, stock_cache.layers, strict=True):
         torch.testing.assert_close(layer.keys, stock_layer.keys, rtol=0, atol=2e-5)
         torch.testing.assert_close(layer.values, stock_layer.values, rtol=0, atol=2e-5)

@@ -14,7 +14,7 @@ from triton_interpreter import interpreted
 import alignedkv_compile
 from alignedkv_compile.errors import CacheTooLongError
 from alignedkv_compile.layout import BLOCK_ROWS, ArenaLayout
-from alignedkv_compile.passes.caches import dynamic
+from alignedkv_compile.passes.caches import append
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -34,7 +34,7 @@ def _step(
 
 
 def test_a_growing_cache_beyond_32_bit_indexing_is_an_error_and_never_a_wrong_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic, "MAX_INDEX", ArenaLayout(2, BLOCK_ROWS, 16, 16).total)  # one block of rows
+    monkeypatch.setattr(append, "MAX_INDEX", ArenaLayout(2, BLOCK_ROWS, 16, 16).total)  # one block of rows
     query, key, value = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 2, 1, 16)
     past = [torch.randn(1, 2, 40, 16) for _ in range(2)]
     compiled = torch.compile(_step, backend="alignedkv", options={"strict": True})

@@ -44,7 +44,7 @@ def decode(model: Any, forward: Any, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+@pytest.mark.parametrize("tolerance", [pytest.param(0.0, marks=pytest.mark.slow), 2.0])
 def test_decode_as_triton(llama: Any, kind: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"strict": True, "min_context": 0, "tolerance": tolerance, "stats": True}
 
