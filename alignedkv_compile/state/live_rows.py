@@ -34,7 +34,7 @@ def compact(cache: object) -> None:
     for part in caches:
         if not isinstance(getattr(part, "layers", None), list):
             raise CacheTypeError(type(part).__name__)
-        for layer in part.layers:  # type: ignore[attr-defined]
+        for layer in part.layers:
             vars(layer).update(_live_rows(vars(layer)))
 
 
@@ -50,7 +50,8 @@ def register_growing_layers() -> None:
 
 def _take_apart(layer: Any) -> tuple[Any, ...]:
     """What ``object.__reduce_ex__`` says, with tensors that hold their live rows only."""
-    how, arguments, state, *rest = object.__reduce_ex__(layer, 4)
+    reduced: Any = object.__reduce_ex__(layer, 4)
+    how, arguments, state, *rest = reduced
     if isinstance(state, dict):
         state = {**state, **_live_rows(state)}
     return how, arguments, state, *rest
@@ -67,6 +68,7 @@ def _live_rows(attributes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
+    one: type
     for one in kind.__subclasses__():
         yield one
         yield from _subclasses(one)
