@@ -31,7 +31,7 @@ PROTOTYPE_LOOP = 393
 """Instructions of the prototype's loop over 128 rows of K, which beat cuDNN on an H200 (docs/gpu.md)."""
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Figures of each kernel for head dimension 128 on sm_90, for both dtypes. From a process
     of its own: the stand-in for CUDA undoes nothing."""
