@@ -43,7 +43,12 @@ def call_times_factor(node: Node, calls: Mapping[Node, AttentionCall]) -> Attent
 def _sinks_of(factor: Node, call: AttentionCall, chain: list[Node]) -> Node | None:
     """The sinks ``[Hq]`` of a factor ``[B, Hq, Q, 1]``; the nodes on the way are appended to ``chain``."""
     output = fake(call.node)
-    if fake(factor).dim() != 4 or not same(fake(factor).shape[3], 1) or not _same_sizes(factor, call.node, 3):
+    if (
+        output.dim() != 4
+        or fake(factor).dim() != 4
+        or not same(fake(factor).shape[3], 1)
+        or not _same_sizes(factor, call.node, 3)
+    ):
         return None
     sigmoid = _behind_views(factor, chain)
     if operation(sigmoid) != "sigmoid" or fake(sigmoid).dim() != 3 or not _same_sizes(sigmoid, call.node, 3):
@@ -58,8 +63,11 @@ def _sinks_of(factor: Node, call: AttentionCall, chain: list[Node]) -> Node | No
         return None
     chain.append(total)
     bound = arguments(total, ("input", "dim", "keepdim"))
-    softmax = next(node for node in call.inner if operation(node) == "softmax")
-    if bound.get("input", bound.get("self")) is not softmax.args[0] or bound.get("dim") not in (-1, output.dim() - 1):
+    softmax = arguments(next(node for node in call.inner if operation(node) == "softmax"), ("input", "dim"))
+    if bound.get("input", bound.get("self")) is not softmax.get("input", softmax.get("self")) or bound.get("dim") not in (
+        -1,
+        output.dim() - 1,
+    ):
         return None
     sinks = _behind_views(shaped_sinks, chain)
     shape = fake(shaped_sinks).shape if tensor_of(shaped_sinks) is not None else ()

@@ -317,8 +317,13 @@ def _product(scores: Node) -> tuple[Node | None, Node | None, MaskTerm | None]:
     query, key, added, beta = (bound.get(name) for name in ("batch1", "batch2", "input", "beta"))
     if not isinstance(query, Node) or not isinstance(key, Node) or beta not in (0, 1) or math.isnan(_alpha(scores)):
         return None, None, None
-    nothing = added is None or beta == 0 or (isinstance(added, Node) and operation(added) == "zeros")
+    nothing = added is None or beta == 0 or _stays_zero(added)
     return query, key, None if nothing else MaskTerm(added, folded=True)
+
+
+def _stays_zero(added: object) -> bool:
+    """Zeros that nothing but the product uses: somebody else might write to them first."""
+    return isinstance(added, Node) and operation(added) == "zeros" and len(added.users) == 1
 
 
 def _alpha(scores: Node) -> float:

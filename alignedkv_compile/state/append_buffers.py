@@ -16,6 +16,7 @@ import torch
 from .. import torch_private
 from ..errors import CacheLengthError
 from ..layout import PLANES_STALE, ArenaLayout
+from .copies import MAX_CONSECUTIVE_COPIES
 from .live_rows import register_growing_layers
 from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
@@ -24,10 +25,6 @@ GROWTH = 1.2
 """Capacity over live rows when a buffer is made: appends then cost five copies of a row on average, however long the cache."""
 SPARE_BYTES, SPARE_ROWS = 64 << 10, 128
 """But so much is free when a buffer is made, for each KV head over the whole batch, up to so many rows."""
-MAX_CONSECUTIVE_COPIES = 4
-"""So many calls in a row over one graph input may find a past that must be copied and have planes made for it; then somebody
-evidently exchanges the cache between all calls, as beam search does, and planes would be made for a single read."""
-
 EXCHANGED_TOO_OFTEN = (
     f"the cache was exchanged or written by other code before each of {MAX_CONSECUTIVE_COPIES} calls in a row (beam search"
     " reorders it at every token); it is copied at each call, as by torch.cat, and every bit is read"

@@ -141,6 +141,16 @@ def with_baddbmm_and_matmul(t):
     return (scores.view(BATCH, HEADS * GROUP, -1, ROWS) + t["mask"]).softmax(-1) @ value
 
 
+def with_zeros_that_are_written(t):
+    """What starts as zeros is a bias by the time that it is added."""
+    key, value = (x.reshape(BATCH, HEADS * GROUP, ROWS, DIM) for x in written(t))
+    query, key = t["q"].reshape(BATCH * HEADS * GROUP, -1, DIM), key.reshape(BATCH * HEADS * GROUP, ROWS, DIM)
+    bias = torch.zeros(query.shape[0], query.shape[1], ROWS)
+    bias.add_(t["alibi"])
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=1.0, alpha=0.25)
+    return scores.view(BATCH, HEADS * GROUP, -1, ROWS).softmax(-1) @ value
+
+
 def with_a_folded_bias(t):
     return folded_scores(t, lambda query, key: torch.bmm(query, key) * 0.25 + t["alibi"])
 
@@ -187,6 +197,7 @@ FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "bmm": with_bmm,
     "baddbmm": with_baddbmm,
     "baddbmm and matmul": with_baddbmm_and_matmul,
+    "zeros that are written": with_zeros_that_are_written,
     "a folded bias": with_a_folded_bias,
 }
 

@@ -15,7 +15,6 @@ from alignedkv_compile.errors import CacheLengthError
 from alignedkv_compile.layout import PLANES_STALE, PLANES_VALID
 from alignedkv_compile.state.append_buffers import (
     EXCHANGED_TOO_OFTEN,
-    MAX_CONSECUTIVE_COPIES,
     SPARE_BYTES,
     SPARE_ROWS,
     AppendBuffer,
@@ -23,6 +22,7 @@ from alignedkv_compile.state.append_buffers import (
     PastHistory,
     grown_capacity,
 )
+from alignedkv_compile.state.copies import MAX_CONSECUTIVE_COPIES
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
