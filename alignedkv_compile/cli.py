@@ -220,6 +220,41 @@ def evaluate_caches(
 
 
 @app.command()
+def capacity(
+    config: Annotated[str, typer.Argument(help="A Hugging Face name, a folder, a config.json, a .gguf file, or 'smollm2'.")],
+    memory: Annotated[str, typer.Option(help="The limit, e.g. 16GiB or 80GB.")],
+    dtype: Annotated[str, typer.Option(help="Of K and V: bf16, fp16 or fp32.")] = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
+    with_weights: Annotated[bool, typer.Option("--with-weights", help="The weights must fit, too, in the same dtype.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+) -> None:
+    """How many tokens fit into a memory limit, by the way in which the KV cache is stored.
+
+    Stock, planes beside a stock cache, and the modes of alignedkv_compile.Cache. Only the config is read; nothing is allocated.
+    """
+    from .capacity.errors import CapacityError
+    from .capacity.memory import parse_memory
+    from .capacity.render import print_capacity
+    from .capacity.result import find_capacity
+    from .capacity.shapes import DTYPES, find_shapes, load_config
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    try:
+        limit = parse_memory(memory)
+        model = find_shapes(load_config(config), config, DTYPES[dtype], batch)
+        found = find_capacity(model, limit, with_weights=with_weights)
+    except CapacityError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    console = open_console()
+    print_capacity(found, console)
+    if json_path is not None:
+        found.write(json_path)
+        console.print(f"results: {json_path}")
+
+
+@app.command()
 def env() -> None:
     """Print processor, threads and versions as JSON: what a bug report or a figure needs."""
     from .demo.environment import describe
