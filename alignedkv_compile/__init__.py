@@ -8,11 +8,14 @@ The backend is found by its name, without importing this package; what follows i
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from . import reference as reference  # gives the operators their eager meaning
+from . import reference_write as reference_write
 from .backend import alignedkv
 from .errors import (
     AlignedKVError,
+    CacheRowsError,
     CacheTypeError,
     DeclinedError,
     OptionValueError,
@@ -31,6 +34,19 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "unknown"
 
+if TYPE_CHECKING:
+    from .cache import Cache
+
+
+def __getattr__(name: str) -> Any:
+    """``Cache`` when it is first asked for: it imports transformers, which nothing else here needs."""
+    if name == "Cache":
+        from .cache import Cache
+
+        return Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "alignedkv",
     "Options",
@@ -43,7 +59,9 @@ __all__ = [
     "Statistics",
     "LayerStatistics",
     "compact",
+    "Cache",
     "AlignedKVError",
+    "CacheRowsError",
     "CacheTypeError",
     "DeclinedError",
     "OptionValueError",

@@ -12,6 +12,7 @@ import torch
 
 from .layout import PLANES_STALE, PLANES_VALID, SCALES_BYTES, SCORE_GROUP, ArenaLayout
 from .row_header import KEY_SCALE, NORM_LIMIT, VALUE_NORM, VALUE_SCALE, Field
+from .storage import WINDOW, Storage
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ArenaViews:
         key_hi: uint8 ``[BH, rows / 16, Dk' / 8, 16, 4]`` in score order.
         key_mid: uint8 ``[BH, rows, Dk' / 2]`` in row order.
         value_hi, value_mid: uint8 ``[BH, rows, Dv' / 2]`` in row order.
+        residual: uint8 ``[BH, rows, residual_row]``, empty rows where the storage has none.
+        storage: what is held of a row; the second planes of a windowed one have ``2 * WINDOW`` rows.
     """
 
     header: torch.Tensor
@@ -36,11 +39,31 @@ class ArenaViews:
     key_mid: torch.Tensor
     value_hi: torch.Tensor
     value_mid: torch.Tensor
+    residual: torch.Tensor
+    storage: Storage
+
+    @property
+    def by_row(self) -> tuple[torch.Tensor, ...]:
+        """The sections whose second dimension is the cache's rows, in units of one row or one score group."""
+        mids = () if self.storage.windowed else (self.key_mid, self.value_mid)
+        return (self.scales, self.key_hi, self.value_hi, *mids, *((self.residual,) if self.storage.residual else ()))
+
+    def mid_slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rows of ``key_mid`` and ``value_mid`` that belong to cache rows ``positions`` (int64)."""
+        if not self.storage.windowed:
+            return positions
+        return torch.where(positions < WINDOW, positions, WINDOW + positions % WINDOW)
+
+    def has_mid(self, positions: torch.Tensor) -> torch.Tensor:
+        """Whether the second planes hold cache rows ``positions`` (int64): bool, likewise."""
+        if not self.storage.windowed:
+            return torch.ones_like(positions, dtype=torch.bool)
+        return (positions < WINDOW) | (positions >= self.header[1])
 
     @property
     def key_hi_rows(self) -> torch.Tensor:
         """``key_hi`` where it is in row order, as on GPUs: uint8 ``[BH, rows, Dk' / 2]``."""
-        return self.key_hi.view(self.key_mid.shape)
+        return self.key_hi.view(*self.scales.shape, -1)
 
 
 def arena_views(planes: torch.Tensor, layout: ArenaLayout) -> ArenaViews:
@@ -67,9 +90,11 @@ def arena_views(planes: torch.Tensor, layout: ArenaLayout) -> ArenaViews:
         key_hi=section(layout.key_hi, heads * rows * key_bytes).view(
             heads, rows // SCORE_GROUP, key_bytes // 4, SCORE_GROUP, 4
         ),
-        key_mid=section(layout.key_mid, heads * rows * key_bytes).view(heads, rows, key_bytes),
+        key_mid=section(layout.key_mid, heads * layout.mid_rows * key_bytes).view(heads, layout.mid_rows, key_bytes),
         value_hi=section(layout.value_hi, heads * rows * value_bytes).view(heads, rows, value_bytes),
-        value_mid=section(layout.value_mid, heads * rows * value_bytes).view(heads, rows, value_bytes),
+        value_mid=section(layout.value_mid, heads * layout.mid_rows * value_bytes).view(heads, layout.mid_rows, value_bytes),
+        residual=section(layout.residual, heads * rows * layout.residual_row).view(heads, rows, layout.residual_row),
+        storage=layout.storage,
     )
 
 

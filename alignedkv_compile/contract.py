@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch.fx
 
+from .ops import is_ours
 from .reasons import Reason
 from .state.stores import Stores
 
@@ -140,8 +141,8 @@ class RewrittenGraph:
 
     @property
     def is_changed(self) -> bool:
-        """Whether anything is left to run our operators for; a graph without sites is stock Inductor's."""
-        return bool(self.caches) or any(site.outcome is Outcome.REWRITTEN for site in self.sites)
+        """Whether anything runs our operators; a graph without them is stock Inductor's."""
+        return bool(self.caches) or any(is_ours(node.target) for node in self.module.graph.nodes)
 
     @property
     def no_cuda_graphs(self) -> str:

@@ -91,6 +91,13 @@ class CacheTypeError(AlignedKVError, TypeError):
         )
 
 
+class CacheRowsError(AlignedKVError, ValueError):
+    """``alignedkv_compile.Cache`` was given rows that it cannot hold."""
+
+    def __init__(self, met: str) -> None:
+        super().__init__(f"alignedkv_compile.Cache was given {met}.")
+
+
 class CacheLengthError(AlignedKVError, RuntimeError):
     """A layer's past K and V differ in length, where ``cat`` and attention would have failed too."""
 

@@ -19,6 +19,7 @@ from torch._inductor import select_algorithm
 from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.codegen.cpp_template import CppTemplate as CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel as CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP as DTYPE_TO_CPP
 from torch._inductor.codegen.cpp_utils import cexpr
 from torch._inductor.codegen.cpp_utils import cexpr_index as cexpr_index  # C++ text of an index expression
 from torch._inductor.codegen.triton import texpr as texpr  # Triton text of one

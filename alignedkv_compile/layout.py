@@ -1,19 +1,23 @@
-"""Where every byte of the sidecar lies: the one file that knows the inside of a plane arena.
+"""Where every byte of a plane arena lies.
 
-A *plane arena* holds the narrow planes of one pair of cache tensors (K and V of one layer) in a single 1-D ``uint8``
-tensor, so that a compiled graph takes one extra input per layer. Its sections follow each other, each 64-byte aligned and
-contiguous over ``[batch, kv head, row]``; rows are padded to whole blocks of :data:`BLOCK_ROWS` tokens:
+A *plane arena* holds the narrow planes of K and V of one layer in a single 1-D ``uint8`` tensor, so that a compiled graph takes
+one input per layer for them: beside the cache tensors, or in their place (:mod:`.storage`). Its sections follow each other,
+each 64-byte aligned and contiguous over ``[batch, kv head, row]``; rows are padded to whole blocks of :data:`BLOCK_ROWS`
+tokens:
 
 =============  =====================  ==================================================================================
 section        bytes per row          content
 =============  =====================  ==================================================================================
-header         (64 in all)            int64[0] is :data:`PLANES_VALID` or :data:`PLANES_STALE`; the rest is reserved
+header         (64 in all)            int64[0] is :data:`PLANES_VALID` or :data:`PLANES_STALE`, int64[1] the first row of the
+                                      window (below); the rest is reserved
 scales         4                      the row's header, one uint32 with both scales and the norm of V (:mod:`.row_header`)
 value_sum      (4 + 4 Dv) per block   int32 number of rows summed so far (-1: not usable), then the float32 sum of those V rows
 key_hi         Dk'/2                  4-bit plane of K: on a CPU in *score order*, on a GPU in *row order* (below)
 key_mid        Dk'/2                  4-bit plane of K in *row order*
 value_hi       Dv'/2                  4-bit plane of V in row order
 value_mid      Dv'/2                  4-bit plane of V in row order
+residual       (Dk + Dv) (size - 1)   in a lossless cache: what the planes leave out of numbers of ``size`` bytes
+                                      (:mod:`.residual`)
 arrivals       (8 in all, per head)   two int32, zero between calls: how many programs of a GPU's kernels have finished the head
 =============  =====================  ==================================================================================
 
@@ -22,6 +26,9 @@ in its low and element ``i + D'/2`` in its high nibble, so that eight or sixteen
 elements. *Score order*: groups of 16 tokens; inside a group, for each run ``g`` of eight elements, 64 bytes: token ``t``'s
 bytes ``4t..4t+3`` hold elements ``8g..8g+3`` in the low and ``8g+4..8g+7`` in the high nibbles. A 64-byte load then feeds
 int8 dot products that leave one sum per token, with no horizontal addition.
+
+In a ``4bit+`` cache ``key_mid`` and ``value_mid`` have :data:`.storage.WINDOW` rows for the first rows of the cache and a ring
+of as many for the last ones: a row from the header's int64[1] on is in it, at :func:`.storage.mid_slot`.
 
 The 16-bit code that the planes are cut from is ``X = clamp(floor(Hx * 32768 / scale + 4096 * dither), int16)``; a plane stores
 a nibble of ``X + 32768``, so nibbles are unsigned everywhere.
@@ -33,6 +40,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from .storage import BESIDE, WINDOW, Storage
 
 IntLike = TypeVar("IntLike", int, torch.SymInt)
 
@@ -110,12 +119,16 @@ class ArenaLayout:
         capacity: rows that the cache tensors hold, live or not (an int or a SymInt).
         key_dim: head dimension of K.
         value_dim: head dimension of V.
+        storage: what the arena holds of a row.
+        element_size: bytes of a number of the cache; matters to a residual only.
     """
 
     heads: int
     capacity: int
     key_dim: int
     value_dim: int
+    storage: Storage = BESIDE
+    element_size: int = 2
 
     @property
     def rows(self) -> int:
@@ -126,6 +139,23 @@ class ArenaLayout:
     def blocks(self) -> int:
         """Blocks of :data:`BLOCK_ROWS` rows per (batch, head)."""
         return (self.capacity + (BLOCK_ROWS - 1)) // BLOCK_ROWS
+
+    @property
+    def mid_rows(self) -> int:
+        """Rows per (batch, head) of the second planes."""
+        return 2 * WINDOW if self.storage.windowed else self.rows
+
+    @property
+    def residual_row(self) -> int:
+        """Bytes of one row's residual: with both planes, the bytes of the row itself."""
+        return (self.key_dim + self.value_dim) * (self.element_size - 1) if self.storage.residual else 0
+
+    @property
+    def stored_row(self) -> int:
+        """Bytes that reading a row at all bits takes, where the arena is the cache (its first and last rows, if it is windowed,
+        take the second planes' on top)."""
+        planes = (self.key_plane_row + self.value_plane_row) * (1 if self.storage.windowed else 2)
+        return SCALES_BYTES + planes + self.residual_row
 
     @property
     def key_plane_row(self) -> int:
@@ -160,15 +190,19 @@ class ArenaLayout:
 
     @property
     def value_hi(self) -> int:
-        return self.key_mid + _align(self.heads * self.rows * self.key_plane_row)
+        return self.key_mid + _align(self.heads * self.mid_rows * self.key_plane_row)
 
     @property
     def value_mid(self) -> int:
         return self.value_hi + _align(self.heads * self.rows * self.value_plane_row)
 
     @property
+    def residual(self) -> int:
+        return self.value_mid + _align(self.heads * self.mid_rows * self.value_plane_row)
+
+    @property
     def arrivals(self) -> int:
-        return self.value_mid + _align(self.heads * self.rows * self.value_plane_row)
+        return self.residual + _align(self.heads * self.rows * self.residual_row)
 
     @property
     def total(self) -> int:

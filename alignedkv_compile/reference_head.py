@@ -66,7 +66,8 @@ class ReadCounts:
 class HeadCall:
     """One KV head's part of a call: ``M`` query rows of its group over ``T`` cache rows.
 
-    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``; ``sinks`` float32 ``[M]`` or None.
+    ``bias`` is float32 ``[M, T]`` or None; ``attended`` bool ``[M, T]``; ``sinks`` float32 ``[M]`` or None; all bits of a row
+    are ``stored_row`` bytes.
     """
 
     query: torch.Tensor
@@ -79,6 +80,7 @@ class HeadCall:
     softcap: float
     tolerance: float
     unit_roundoff: float
+    stored_row: int
 
     @property
     def span(self) -> int:
@@ -98,6 +100,7 @@ def head_calls(
     softcap: float,
     tolerance: float,
     unit_roundoff: float,
+    stored_row: int,
 ) -> Iterator[tuple[int, int, slice, HeadCall]]:
     """Parts of an operator's call: index of the (batch, KV head) pair, batch entry, its group's query heads, and it."""
     query_rows, heads = query.shape[2], key.shape[1]
@@ -121,6 +124,7 @@ def head_calls(
                 softcap=softcap,
                 tolerance=tolerance,
                 unit_roundoff=unit_roundoff,
+                stored_row=stored_row,
             ),
         )
 
@@ -189,9 +193,8 @@ def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.flo
     rows = call.attended.any(0)
     keys, values = call.key[rows].to(dtype), call.value[rows].to(dtype)
     live = int(rows.sum())
-    size = live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
-    counts.bytes_read += size
-    counts.bytes_full += size
+    counts.bytes_read += live * call.stored_row
+    counts.bytes_full += live * (call.key.shape[-1] + call.value.shape[-1]) * call.key.element_size()
     counts.rows += live
     counts.key_rows_full += live
     counts.value_rows_full += live
@@ -204,11 +207,11 @@ def read_full(call: HeadCall, counts: ReadCounts, dtype: torch.dtype = torch.flo
 
 def dequantize(hi: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Rows of a 4-bit plane: the middle of the code's interval, less the dither."""
-    return (hi.float() - NIBBLE_CENTER - offset[:, None]) * (scale[:, None] * (HI_STEP / CODE_RANGE))
+    return (hi.float() - NIBBLE_CENTER - offset[:, None]) * (scale[..., None] * (HI_STEP / CODE_RANGE))
 
 
-def key_nibbles(views: ArenaViews, head: int) -> torch.Tensor:
-    """uint8 ``[rows, Dk']``: one head's 4-bit plane of K, in whichever order its device keeps it."""
+def key_nibbles(views: ArenaViews, head: int | slice) -> torch.Tensor:
+    """uint8 ``[rows, Dk']`` of one head, or ``[heads, rows, Dk']``: the 4-bit plane of K, in the order that its device keeps."""
     if score_ordered(views.key_hi.device):
         return unpack_score_order(views.key_hi[head])
     return unpack_row_order(views.key_hi_rows[head])

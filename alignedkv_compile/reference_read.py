@@ -86,6 +86,12 @@ class AlignedRead:
         self.row_key, self.row_value = (dim * call.key.element_size() for dim in (self.key_dim, self.value_dim))
         self.row_bytes = self.live_rows * (self.row_key + self.row_value)
         self.skippable, self.means = block_means(call, views, head)
+        positions = torch.arange(self.length, device=call.key.device)
+        self.has_mid = views.has_mid(positions)
+        self.mid_slots = torch.where(self.has_mid, views.mid_slots(positions), 0)
+        self.has_whole = views.storage.residual or not views.storage.packed
+        if views.storage.packed:  # what both planes leave out is read beside them
+            self.row_key, self.row_value = self.row_key - self.key_dim, self.row_value - self.value_dim
 
     def score(self) -> None:
         """Phase 1: scores from the 4-bit plane, with the query as two int8 terms; weights and their statistics."""
@@ -142,7 +148,7 @@ class AlignedRead:
         self.addend_sums, self.budgets, self.thresholds = (list(numbers) for numbers in limits)
         theta = self._column(self.thresholds)
         self.key_errors = weights * self.spread * weight_error(self.finite_key * key_4)
-        self.refined = (self.key_errors * self.mid_key > theta).any(0) & ~self.special_keys
+        self.refined = (self.key_errors * self.mid_key > theta).any(0) & ~self.special_keys & self.has_mid
         value_addend = weights * self.finite_value
         self.predicted_bytes = evaluate(
             "predicted_bytes",
@@ -158,13 +164,13 @@ class AlignedRead:
         )
 
     def costs_too_much(self) -> bool:
-        """After phase 3: does reading everything cost less?"""
-        return self.predicted_bytes > float(STREAM_FRACTION) * self.row_bytes
+        """After phase 3: does reading everything cost less? A cache that has to be decoded is never read so."""
+        return not self.views.storage.packed and self.predicted_bytes > float(STREAM_FRACTION) * self.row_bytes
 
     def refine_keys(self) -> None:
         """Phase 4: the mid plane of the chosen K rows, which adds to scores as they were before the cap."""
         call = self.call
-        mid = unpack_row_order(self.views.key_mid[self.head, : self.length])[:, : self.key_dim].float()
+        mid = unpack_row_order(self.views.key_mid[self.head, self.mid_slots])[:, : self.key_dim].float()
         finer = masked_scores(call, self.raw + self.query.mid_scores(mid, self.key_scale, call.scale))
         self.hi_scores, self.scores = self.scores, torch.where(self.refined, finer, self.scores)
         self.counts.bytes_read += int(self.refined.sum()) * self.plane_key
@@ -196,8 +202,9 @@ class AlignedRead:
         """Phase 6: V rows above theta among those kept, at 8 bits or in full."""
         theta, value_addend = self._column(self.thresholds), self.weights * self.finite_value
         mid_values = self.kept & (value_addend * self.value_4 * self.mid_value > theta).any(0) & ~self.special_values
-        exact_values = mid_values & (value_addend * self.value_8 > theta).any(0)
-        nibbles = unpack_row_order(self.views.value_mid[self.head, : self.length])[:, : self.value_dim].float()
+        mid_values &= self.has_mid
+        exact_values = mid_values & (value_addend * self.value_8 > theta).any(0) & self.has_whole
+        nibbles = unpack_row_order(self.views.value_mid[self.head, self.mid_slots])[:, : self.value_dim].float()
         both = self.value_hi + (nibbles - NIBBLE_CENTER) * (self.value_scale[:, None] * (MID_STEP / CODE_RANGE))
         self.values = torch.where(mid_values[:, None], both, self.value_hi)
         self.values = torch.where(exact_values[:, None], self.call.value.float(), self.values)
@@ -243,8 +250,8 @@ class AlignedRead:
         }
 
     def _deserves_full_key(self, theta: torch.Tensor) -> torch.Tensor:
-        """bool ``[T]``: rows of K whose addend at 8 bits is above ``theta [M, 1]``."""
-        return (self.weights * self.finite_key * self.spread * self.key_8 > theta).any(0)
+        """bool ``[T]``: rows of K whose addend at 8 bits is above ``theta [M, 1]``, where more bits are held."""
+        return (self.weights * self.finite_key * self.spread * self.key_8 > theta).any(0) & self.has_whole
 
     def _column(self, numbers: list[float]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=self.call.key.device)[:, None]

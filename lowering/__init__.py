@@ -13,7 +13,16 @@ from pathlib import Path
 
 from .isa import chosen_isa
 
-_SOURCES = ("layout.py", "row_header.py", "precision.py", "worst_case.py", "ops.py", "inductor_private.py")
+_SOURCES = (
+    "layout.py",
+    "storage.py",
+    "residual.py",
+    "row_header.py",
+    "precision.py",
+    "worst_case.py",
+    "ops.py",
+    "inductor_private.py",
+)
 """Files of the package, besides this folder, whose text decides what code is generated."""
 
 

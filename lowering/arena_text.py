@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import layout as layout_module
+from .. import residual
 from ..layout import ArenaLayout, hadamard_blocks, padded_head_dim
+from ..storage import WINDOW
 from .cpp_kernel import render
 
 
@@ -39,21 +41,45 @@ class Text:
         return self.text
 
 
-def arena_header(key_dim: int, value_dim: int) -> str:
-    """C++ that finds the sections of an arena of ``heads`` x ``capacity`` rows, and mixes K rows."""
-    arena = ArenaLayout(Text("heads"), Text("capacity"), key_dim, value_dim)  # type: ignore[arg-type]
-    sections = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid")
-    sizes = hadamard_blocks(key_dim)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+def arena_header(layout: ArenaLayout) -> str:
+    """C++ that finds the sections of an arena of ``heads`` x ``capacity`` rows of some layout, and mixes K rows."""
+    arena = replace(layout, heads=Text("heads"), capacity=Text("capacity"))  # type: ignore[arg-type]
+    sections = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "residual")
     return render(
         "arena.h.jinja",
         layout=layout_module,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        key_padded=padded_head_dim(key_dim),
-        value_padded=padded_head_dim(value_dim),
+        key_dim=arena.key_dim,
+        value_dim=arena.value_dim,
+        key_padded=padded_head_dim(arena.key_dim),
+        value_padded=padded_head_dim(arena.value_dim),
         rows=arena.rows,
+        mid_rows=arena.mid_rows,
         blocks=arena.blocks,
         offset={name: getattr(arena, name) for name in sections},
-        hadamard=list(zip(starts, sizes, strict=True)),
+        hadamard=_hadamard(arena.key_dim),
+        storage=arena.storage,
+        window=WINDOW,
+        residual_row=arena.residual_row,
     )
+
+
+def packed_rows(arena: ArenaLayout) -> str:
+    """C++ that decodes rows of an arena that is the cache; nothing for planes beside one."""
+    if not arena.storage.packed:
+        return ""
+    return render(
+        "packed_rows.h.jinja",
+        layout=layout_module,
+        storage=arena.storage,
+        hadamard=[(start, size, residual.block_gain(size)) for start, size in _hadamard(arena.key_dim)],
+        codes=residual.CODES,
+        unit=residual.UNIT,
+        width_step=residual.WIDTH_STEP,
+        dither_steps=layout_module.HI_STEP // (layout_module.MID_STEP // 2),
+    )
+
+
+def _hadamard(key_dim: int) -> list[tuple[int, int]]:
+    """Start and size of each block of the transform."""
+    sizes = hadamard_blocks(key_dim)
+    return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]

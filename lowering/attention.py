@@ -1,4 +1,4 @@
-"""``aligned_read_attention`` and ``certified_read_attention`` as C++ kernels."""
+"""``aligned_read_attention``, ``certified_read_attention`` and ``packed_read_attention`` as C++ kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sympy
 import torch
 
 from .. import layout, ops, worst_case
-from ..inductor_private import V, ir, register_lowering
+from ..inductor_private import DTYPE_TO_CPP, V, ir, register_lowering
+from ..layout import ArenaLayout
+from ..storage import STORAGES
 from ..torch_private import generates_triton
-from .arena_text import arena_header
+from .arena_text import arena_header, packed_rows
 from .constants import SHARED, option_constants, print_cpp
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
 from .formulas import certified_formulas, policy_formulas
@@ -24,10 +26,19 @@ MAX_THREADS = 256
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fixed when the kernel is generated."""
+    """What is fixed when the kernel is generated, and the cache's sizes.
 
-    key_dim: int
-    value_dim: int
+    Attributes:
+        arena: the layout of planes for this cache; its heads and rows do not matter.
+        sizes: batch, KV heads and rows of the cache.
+        dtype: of its numbers.
+        aligned: whether fewer bits than all may be read.
+    """
+
+    arena: ArenaLayout
+    sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]
+    dtype: torch.dtype
+    aligned: bool
     group: int
     query_rows: int
     scale: float
@@ -41,20 +52,22 @@ class Constants:
 
 class ReadAttention(Template):
     """The kernel for one set of head dimensions, group size, query rows, dtypes, mask kind and options; with an input
-    ``bounds`` it is the certified read."""
+    ``bounds`` it is the certified read, without ``key`` and ``value`` that of an arena which is the cache."""
 
     def __init__(self, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, constants: Constants) -> None:
         mutated = [name for name in ("bounds", "counters") if name in inputs]
         name = "certified_read_attention" if "bounds" in inputs else "aligned_read_attention"
+        name = "packed_read_attention" if constants.arena.storage.packed else name
         super().__init__(name, inputs, mutated, layout)
         self.constants = constants
 
     def source(self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer) -> str:
         constants = self.constants
-        query, key, value, mask = nodes["query"], nodes["key"], nodes["value"], nodes.get("mask")
+        arena, tensors = constants.arena, [nodes[name] for name in ("key", "value") if name in nodes]
+        query, mask = nodes["query"], nodes.get("mask")
         mask_strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
-        sizes = [*key.get_size()[:3], constants.length, *query.get_stride(), *key.get_stride()[:3]]
-        sizes += [*value.get_stride()[:3], *mask_strides]
+        sizes = [*constants.sizes, constants.length, *query.get_stride()]
+        sizes += [*(stride for tensor in tensors for stride in tensor.get_stride()[:3]), *mask_strides]
         sinks = nodes.get("sinks")
         if sinks is not None:
             sizes.append(sinks.get_stride()[0])
@@ -63,7 +76,6 @@ class ReadAttention(Template):
             kernel.add_integer(constants.site, "site")
         certified = "bounds" in nodes
         text = kernel.size_expression
-        has_planes = "planes" in nodes
         mask_type = kernel.dtype(mask) if mask is not None else None
         shared = {
             "layout": layout,
@@ -71,11 +83,11 @@ class ReadAttention(Template):
             "mask_type": mask_type,
             "sinks_type": kernel.dtype(sinks) if sinks is not None else None,
             "softcap": f"{constants.softcap:.9e}f" if constants.softcap > 0 else None,
+            "storage": arena.storage,
         }
         common = render(
             "attention_common.h.jinja",
             query_type=kernel.dtype(query),
-            element=kernel.dtype(key),
             group=constants.group,
             query_rows=constants.query_rows,
             scale=f"{constants.scale:.9e}f",
@@ -88,25 +100,29 @@ class ReadAttention(Template):
             includes=self.includes(),
             constants=print_cpp(SHARED),
             vectors=vector_header(),
-            arena=arena_header(constants.key_dim, constants.value_dim),
+            arena=arena_header(arena),
+            element=DTYPE_TO_CPP[constants.dtype],
+            rows=packed_rows(arena),
+            stored_row=arena.stored_row,
             common=common,
             stream=render("stream.h.jinja", **shared),
-            read_planes=_read_planes(constants, shared, key.get_dtype().itemsize, certified=certified) if has_planes else "",
+            read_planes=_read_planes(constants, shared, certified=certified) if constants.aligned else "",
             definition=definition,
             aliases=aliases,
-            has_planes=has_planes,
+            has_planes=constants.aligned,
             has_counters="counters" in nodes,
             certified=certified,
             bounds_width=text(nodes["bounds"].get_size()[2]) if certified else "",
             bounds_offset=text(constants.site * 2 * nodes["bounds"].get_size()[2]) if certified else "",
             counter_fields=len(ops.COUNTER_FIELDS),
-            batch=text(key.get_size()[0]),
-            heads=text(key.get_size()[1]),
-            capacity=text(key.get_size()[2]),
+            batch=text(constants.sizes[0]),
+            heads=text(constants.sizes[1]),
+            capacity=text(constants.sizes[2]),
             length=text(constants.length),
             query_strides=[text(s) for s in query.get_stride()],
-            key_strides=[text(s) for s in key.get_stride()[:3]],
-            value_strides=[text(s) for s in value.get_stride()[:3]],
+            **{
+                f"{name}_strides": [text(s) for s in nodes[name].get_stride()[:3]] for name in ("key", "value") if name in nodes
+            },
             mask_strides=[text(s) for s in mask_strides],
             sinks_stride=text(sinks.get_stride()[0]) if sinks is not None else "",
             **shared,
@@ -127,13 +143,13 @@ def mask_minimum(mask: ir.IRNode | None) -> float:
     return 0.0 if mask is None or mask.get_dtype() == torch.bool else ops.mask_floor(mask.get_dtype())
 
 
-def _read_planes(constants: Constants, shared: Mapping[str, object], element_size: int, *, certified: bool) -> str:
+def _read_planes(constants: Constants, shared: Mapping[str, object], *, certified: bool) -> str:
     """The read of one head's planes."""
     options = option_constants(constants.tolerance, constants.unit_roundoff, constants.min_context)
     formulas = (
-        certified_formulas(constants.key_dim, constants.value_dim)
+        certified_formulas(constants.arena.key_dim, constants.arena.value_dim)
         if certified
-        else policy_formulas(constants.key_dim, constants.value_dim, element_size)
+        else policy_formulas(constants.arena.key_dim, constants.arena.value_dim, constants.dtype.itemsize)
     )
     template = "certified_read.h.jinja" if certified else "aligned_read.h.jinja"
     return render(template, formulas=f"{print_cpp(options)}\n{formulas}", **shared)
@@ -158,13 +174,16 @@ def _lower(
     site: int = 0,
 ) -> ir.TensorBox:
     static = V.graph.sizevars.guard_int
-    batch, query_heads, query_rows, key_dim = query.get_size()
-    value_dim = static(value.get_size()[3])
+    dtype = key.get_dtype()
+    worthwhile = tolerance > 0 if bounds is None else tolerance * unit_roundoff >= worst_case.FINEST_BUDGET
+    aligned = planes is not None and worthwhile
     constants = Constants(
-        key_dim=static(key_dim),
-        value_dim=value_dim,
-        group=static(query_heads) // static(key.get_size()[1]),
-        query_rows=static(query_rows),
+        arena=ArenaLayout(1, 1, static(key.get_size()[3]), static(value.get_size()[3]), element_size=dtype.itemsize),
+        sizes=tuple(key.get_size()[:3]),
+        dtype=dtype,
+        aligned=aligned,
+        group=static(query.get_size()[1]) // static(key.get_size()[1]),
+        query_rows=static(query.get_size()[2]),
         scale=scale,
         softcap=softcap,
         tolerance=tolerance,
@@ -174,27 +193,68 @@ def _lower(
         site=site,
     )
     inputs = {"query": realize(query, contiguous_last=False), "key": realize(key), "value": realize(value)}
-    worthwhile = tolerance > 0 if bounds is None else tolerance * unit_roundoff >= worst_case.FINEST_BUDGET
-    if planes is not None and worthwhile:
-        inputs["planes"] = realize(planes, contiguous_last=False)
-    for name, tensor in (("mask", mask), ("sinks", sinks)):
-        if tensor is not None:
-            inputs[name] = realize(tensor, contiguous_last=False)
-    for name, tensor in (("bounds", bounds), ("counters", counters)):
-        if tensor is not None:
-            inputs[name] = realize(tensor, contiguous_last=False)
-    size = [batch, query_heads, query_rows, sympy.Integer(value_dim)]
-    strides = ir.FlexibleLayout.contiguous_strides(size)
-    output = ir.FixedLayout(device_of(query), query.get_dtype(), size, strides)
+    inputs |= _realized(planes=planes if aligned else None, mask=mask, sinks=sinks, bounds=bounds, counters=counters)
+    output = _output(query, constants)
     if generates_triton(device_of(query)):
         return _lower_to_triton(inputs, output, constants)
     return emit(ReadAttention(inputs, output, constants))
 
 
-def _lowering(*extras: str) -> Callable[..., ir.TensorBox]:
+def _lower_packed(
+    query: ir.TensorBox,
+    planes: ir.TensorBox,
+    mask: ir.TensorBox | None,
+    sinks: ir.TensorBox | None,
+    heads: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    storage: str,
+    capacity: sympy.Expr,
+    length: sympy.Expr,
+    scale: float,
+    softcap: float,
+    tolerance: float,
+    unit_roundoff: float,
+    min_context: int,
+    *,
+    counters: ir.TensorBox | None = None,
+    site: int = 0,
+) -> ir.TensorBox:
+    static = V.graph.sizevars.guard_int
+    batch, query_heads, query_rows, key_dim = query.get_size()
+    constants = Constants(
+        arena=ArenaLayout(1, 1, static(key_dim), value_dim, STORAGES[storage], dtype.itemsize),
+        sizes=(batch, sympy.Integer(heads), sympy.sympify(capacity)),
+        dtype=dtype,
+        aligned=tolerance > 0,
+        group=static(query_heads) // heads,
+        query_rows=static(query_rows),
+        scale=scale,
+        softcap=softcap,
+        tolerance=tolerance,
+        unit_roundoff=unit_roundoff,
+        min_context=min_context,
+        length=sympy.sympify(length),
+        site=site,
+    )
+    inputs = {"query": realize(query, contiguous_last=False)}
+    inputs |= _realized(planes=planes, mask=mask, sinks=sinks, counters=counters)
+    return emit(ReadAttention(inputs, _output(query, constants), constants))
+
+
+def _realized(**tensors: ir.TensorBox | None) -> dict[str, ir.IRNode]:
+    """Those tensors that there are, in memory."""
+    return {name: realize(tensor, contiguous_last=False) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _output(query: ir.TensorBox, constants: Constants) -> ir.FixedLayout:
+    size = [*query.get_size()[:3], sympy.Integer(constants.arena.value_dim)]
+    return ir.FixedLayout(device_of(query), query.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size))
+
+
+def _lowering(lower: Callable[..., ir.TensorBox], *extras: str) -> Callable[..., ir.TensorBox]:
     """The lowering of an overload whose schema ends with the tensors and the index named."""
-    lower: Callable[..., ir.TensorBox] = _lower
-    shared = _lower.__code__.co_argcount
+    shared = lower.__code__.co_argcount
 
     def lower_overload(*arguments: Any) -> ir.TensorBox:
         return lower(*arguments[:shared], **dict(zip(extras, arguments[shared:], strict=True)))
@@ -235,4 +295,6 @@ def register() -> None:
         (ops.certified_read_attention.default, ("bounds", "site")),
         (ops.certified_read_attention.counted, ("bounds", "counters", "site")),
     ):
-        register_lowering(overload, type_promotion_kind=None)(_lowering(*extras))
+        register_lowering(overload, type_promotion_kind=None)(_lowering(_lower, *extras))
+    register_lowering(ops.packed_read_attention.default, type_promotion_kind=None)(_lowering(_lower_packed))
+    register_lowering(ops.packed_read_attention.counted, type_promotion_kind=None)(_lowering(_lower_packed, "counters", "site"))

@@ -118,6 +118,8 @@ class Template(CppTemplate):
             #include <cstring>
             #include <limits>
             #include <optional>
+            #include <stdexcept>
+            #include <string>
             #include <type_traits>
             #include <vector>
             """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,11 +52,6 @@ class StatisticsInputs:
     counters: Node | None = None
     bounds: Node | None = None
 
-    @property
-    def operator(self) -> OpOverload:
-        read = aligned_read_attention if self.bounds is None else certified_read_attention
-        return read.default if self.counters is None else read.counted
-
     def arguments(self, site: int) -> dict[str, Argument]:
         """The operator's arguments for these inputs."""
         tensors = {"counters": self.counters, "bounds": self.bounds}
@@ -63,26 +59,66 @@ class StatisticsInputs:
         return {**given, "site": site} if given else {}
 
 
-@dataclass(frozen=True)
-class CacheRead:
+@dataclass(frozen=True, kw_only=True)
+class CacheRead(abc.ABC):
     """What one aligned read reads.
+
+    Attributes:
+        length: live rows, the bound of what is read.
+        mask: four-dimensional, its last dimension ``length`` or the cache's rows; or None.
+        query: what meets these rows, ``[B, Hq, Q, Dk]``; None for the site's own query.
+        finish: makes the attention's output of what the read returns; None where that is it already.
+    """
+
+    length: Argument
+    mask: Node | None
+    query: Node | None = None
+    finish: Callable[[Node], Node] | None = None
+
+    @abc.abstractmethod
+    def operator(self, statistics: StatisticsInputs) -> OpOverload:
+        """The operator that reads; which statistics it records decides its overload."""
+
+    @property
+    @abc.abstractmethod
+    def operands(self) -> tuple[Argument, ...]:
+        """The operator's arguments between the query and the mask."""
+
+    @property
+    def attributes(self) -> dict[str, Argument]:
+        """What else it takes for this cache."""
+        return {}
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the cache's numbers."""
+
+
+@dataclass(frozen=True)
+class TensorRead(CacheRead):
+    """A read of cache tensors.
 
     Attributes:
         key, value: the cache tensors or buffers, ``[B, H, C, D]``.
         planes: their planes, or None.
-        length: live rows, the bound of what is read.
-        mask: four-dimensional, its last dimension ``length`` or ``C``; or None.
-        query: what meets these rows, ``[B, Hq, Q, Dk]``; None for the site's own query.
-        finish: makes the attention's output of what the read returns; None where that is it already.
     """
 
     key: Node
     value: Node
     planes: Node | None
-    length: Node | int
-    mask: Node | None
-    query: Node | None = None
-    finish: Callable[[Node], Node] | None = None
+
+    def operator(self, statistics: StatisticsInputs) -> OpOverload:
+        read = aligned_read_attention if statistics.bounds is None else certified_read_attention
+        return read.default if statistics.counters is None else read.counted
+
+    @property
+    def operands(self) -> tuple[Argument, ...]:
+        return self.key, self.value, self.planes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return fake(self.key).dtype
 
 
 def mask_of(site: AttentionSite, editor: GraphEditor) -> Node | None:
@@ -155,18 +191,17 @@ def replace_attention(
         if site.key.repeats.tiled and mask is not None and not same(fake(mask).shape[1], 1):
             mask = _heads_swapped(mask, 1, tiles, editor)
         result = editor.function(
-            statistics.operator,
+            reads.operator(statistics),
             query if reads.query is None else reads.query,
-            reads.key,
-            reads.value,
-            reads.planes,
+            *reads.operands,
             mask,
             sinks,
+            **reads.attributes,
             length=reads.length,
             scale=site.scale,
             softcap=site.call.softcap,
             tolerance=float(options.tolerance),
-            unit_roundoff=options.unit_roundoff(fake(reads.key).dtype),
+            unit_roundoff=options.unit_roundoff(reads.dtype),
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )

@@ -24,6 +24,7 @@ from .replace_attention import AlignmentOptions
 
 READ = f"{NAMESPACE}::aligned_read_attention"
 CERTIFIED_READ = f"{NAMESPACE}::certified_read_attention"
+PACKED_READ = f"{NAMESPACE}::packed_read_attention"
 WRITE = f"{NAMESPACE}::quantize_on_write"
 
 
@@ -156,7 +157,9 @@ def _check_order(nodes: list[Node]) -> None:
 def _check_counts(nodes: list[Node], before: GraphSnapshot, pairing: Pairing, options: AlignmentOptions) -> None:
     counts = Counter(operation(node) for node in nodes)
     writes = sum(expected.writes for expected in before.expected)
-    reads = {READ: 0, CERTIFIED_READ: 0, CERTIFIED_READ if options.certified else READ: len(pairing.rewritten)}
+    packed = sum(expected.packed_reads for expected in before.expected)
+    reads = {READ: 0, CERTIFIED_READ: 0, PACKED_READ: packed}
+    reads[CERTIFIED_READ if options.certified else READ] = len(pairing.rewritten) - packed
     for name, expected in {**reads, WRITE: writes}.items():
         if counts[name] != expected:
             raise GraphVerificationError(f"{counts[name]} nodes of {name} where {expected} belong")

@@ -30,7 +30,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
+from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..symbols import express, inputs_by_symbol
 from ..views import Fold, head_repeats
 from .concatenation import (
@@ -206,12 +206,12 @@ def append_rows(
     return LiveRows(length, capacity)
 
 
-def live_rows_read(buffers: BufferInputs, live: LiveRows, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+def live_rows_read(buffers: BufferInputs, live: LiveRows, site: AttentionSite, editor: GraphEditor) -> TensorRead:
     """What a call reads: the first rows of the buffer, or those that begin at its position."""
     if buffers.position is None:
-        return CacheRead(buffers.key, buffers.value, buffers.planes, live.count, mask_of(site, editor))
+        return TensorRead(buffers.key, buffers.value, buffers.planes, length=live.count, mask=mask_of(site, editor))
     mask = mask_over_window(site, WindowRows(buffers.position, live.count, live.capacity), editor)
-    return CacheRead(buffers.key, buffers.value, buffers.planes, live.capacity, mask)
+    return TensorRead(buffers.key, buffers.value, buffers.planes, length=live.capacity, mask=mask)
 
 
 def drop_concatenations(parts: Sequence[Concatenation], editor: GraphEditor) -> None:

@@ -64,11 +64,13 @@ class Expected:
         removed: names of the nodes that may go, besides the attention calls.
         metadata: names of nodes that ask for sizes, which may go and whose users may change.
         writes: how many times rows are quantized.
+        packed_reads: how many of the calls become reads of an arena that is the cache.
     """
 
     removed: frozenset[str]
     metadata: frozenset[str]
     writes: int
+    packed_reads: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, concatenated, constant, fake, operation, same, tensor_of
 from ..records import AttentionSite
-from ..replace_attention import CacheRead
+from ..replace_attention import TensorRead
 from ..views import head_repeats
 from .kind import CandidateCall
 
@@ -191,7 +191,7 @@ def join(latent: Node, rope: Node, editor: GraphEditor) -> Node:
     return editor.function(torch.cat, (editor.current(latent), editor.current(rope)), -1)
 
 
-def absorbed(read: CacheRead, found: Expansion, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+def absorbed(read: TensorRead, found: Expansion, site: AttentionSite, editor: GraphEditor) -> TensorRead:
     """A read with the products of query and output with the weight around it, in float32.
 
     Rounded to 16 bits between the products they would be less precise than what they replace, where a row's rounding error

@@ -30,7 +30,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, replace_attention
+from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, replace_attention
 from ..views import Repeats
 from .append import (
     AppendInputs,
@@ -144,7 +144,7 @@ class LatentAppendPair:
 
     def _read(
         self, buffers: BufferInputs, live: LiveRows, found: Expansion, site: AttentionSite, editor: GraphEditor
-    ) -> CacheRead:
+    ) -> TensorRead:
         return absorbed(live_rows_read(buffers, live, site, editor), found, site, editor)
 
 

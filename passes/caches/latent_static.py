@@ -30,7 +30,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionCall, AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
+from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .latent import (
@@ -133,9 +133,9 @@ class LatentPair:
         erase_expansions([found for _, found in self.expansions], editor)
         return inputs
 
-    def _read(self, inputs: LatentInputs, found: Expansion, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+    def _read(self, inputs: LatentInputs, found: Expansion, site: AttentionSite, editor: GraphEditor) -> TensorRead:
         capacity = editor.size(self.latent, 2)
-        read = CacheRead(inputs.joined, self.latent, inputs.planes, capacity, mask_of(site, editor))
+        read = TensorRead(inputs.joined, self.latent, inputs.planes, length=capacity, mask=mask_of(site, editor))
         return absorbed(read, found, site, editor)
 
     def _inputs(self, number: int, editor: GraphEditor, *, with_planes: bool) -> LatentInputs:

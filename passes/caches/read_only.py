@@ -24,7 +24,7 @@ from ..attention import check_cache_pair, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
+from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Fold, head_repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .planes import planes_placeholder
@@ -81,8 +81,8 @@ class ReadOnlyPair:
             replace_attention(site, editor, options, statistics, functools.partial(self._read, planes))
         return None if planes is None else ReadOnlyInputs(self.key, self.value, planes)
 
-    def _read(self, planes: Node | None, site: AttentionSite, editor: GraphEditor) -> CacheRead:
-        return CacheRead(self.key, self.value, planes, editor.size(self.key, 2), mask_of(site, editor))
+    def _read(self, planes: Node | None, site: AttentionSite, editor: GraphEditor) -> TensorRead:
+        return TensorRead(self.key, self.value, planes, length=editor.size(self.key, 2), mask=mask_of(site, editor))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, concatenated, constant, fake, operation, row_slice, same, tensor_of
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, replace_attention
+from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, replace_attention
 from ..views import Fold, head_repeats
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .window_mask import WindowRows, mask_over_window
@@ -157,9 +157,9 @@ class SlidingPair:
             replace_attention(site, editor, options, statistics, functools.partial(self._read, inputs, rows))
         return inputs
 
-    def _read(self, inputs: SlidingInputs, rows: WindowRows, site: AttentionSite, editor: GraphEditor) -> CacheRead:
+    def _read(self, inputs: SlidingInputs, rows: WindowRows, site: AttentionSite, editor: GraphEditor) -> TensorRead:
         mask = mask_over_window(site, rows, editor)
-        return CacheRead(inputs.key_buffer, inputs.value_buffer, inputs.planes, rows.capacity, mask)
+        return TensorRead(inputs.key_buffer, inputs.value_buffer, inputs.planes, length=rows.capacity, mask=mask)
 
     def _inputs(self, number: int, editor: GraphEditor, *, with_planes: bool) -> SlidingInputs:
         key, value = fake(self.key.cache), fake(self.value.cache)

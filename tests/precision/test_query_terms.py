@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import added_error_in_rho, make_case, run_reference, write_planes
 
-from alignedkv_compile import reference, reference_query
+from alignedkv_compile import reference_query, reference_write
 from alignedkv_compile.layout import HEADROOM
 from alignedkv_compile.precision import INT8_MAX, TERM_RATIO, evaluate
 from alignedkv_compile.reference_head import dither, hadamard
@@ -33,7 +33,8 @@ def test_variance_of_a_score_read_at_8_bits(dim: int) -> None:
     generator = torch.Generator().manual_seed(dim)
     key, query = (hadamard(torch.randn(rows, dim, generator=generator)) for rows in (3000, 200))
     positions, scale = torch.arange(len(key)), key.abs().amax(-1) * HEADROOM
-    hi, mid = (plane[:, :dim].float() for plane in reference.encode(key, scale, positions))
+    codes = reference_write.encode(key, scale, positions)
+    hi, mid = (codes // 16).float(), (codes % 16).float()
     rounded = Int8Query.rounded(query)
     scores = rounded.hi_scores(hi, dither(positions), scale, 1.0) + rounded.mid_scores(mid, scale, 1.0)
     error = scores.double() - query.double() @ key.double().T
