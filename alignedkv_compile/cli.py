@@ -150,7 +150,7 @@ def evaluate(
 @app.command("eval-caches")
 def evaluate_caches(
     model: Annotated[str, typer.Argument(help="'smollm2', a .gguf file, a local folder, or a Hugging Face name.")] = "smollm2",
-    text: Annotated[str, typer.Option(help="A UTF-8 file, or 'code', 'prose' or 'table', which come with Python.")] = "code",
+    text: Annotated[str, typer.Option(help="A UTF-8 file, or 'code', 'prose' or 'table', which come with Python.")] = "prose",
     dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float16.")] = "bfloat16",
     full: Annotated[bool, typer.Option("--full", help="32k rows, 16k for retrieval, more needles, slow kinds too.")] = False,
     contexts: Annotated[str | None, typer.Option(help="Rows of the cache for perplexity and KL, e.g. 2048,8192.")] = None,

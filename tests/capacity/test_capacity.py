@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
-from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import alignedkv_compile
 from alignedkv_compile import cli
 from alignedkv_compile.capacity.errors import CapacityError
 from alignedkv_compile.capacity.memory import format_memory, parse_memory
-from alignedkv_compile.capacity.result import Fit, find_capacity, most_rows
+from alignedkv_compile.capacity.result import find_capacity, most_rows
 from alignedkv_compile.capacity.shapes import ModelShape, find_shapes, load_config
 from alignedkv_compile.capacity.storages import BESIDE_DYNAMIC, BESIDE_STATIC, DYNAMIC, STATIC, STORAGE_KINDS, tensor_bytes
 from alignedkv_compile.layout import BLOCK_ROWS
@@ -27,11 +27,10 @@ from alignedkv_compile.state.sidecar import SidecarStore
 from alignedkv_compile.state.windows import Windows
 from alignedkv_compile.storage import PACKED
 
-BATCH, MEMORY = 2, 3 << 20
+BATCH, MEMORY = 2, 1 << 20
 SMALL = {"hidden_size": 64, "intermediate_size": 32, "vocab_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "head_dim": 32},
-    # Two layers of three have a window; K and V of the last one are another's in gemma3n, so that layer caches nothing.
     "gemma3_text": {
         "num_key_value_heads": 1,
         "head_dim": 32,
@@ -78,7 +77,7 @@ def held_by_cache(cache: Any, model: ModelShape) -> int:
 
 
 def held_beside_static(model: ModelShape, rows: int) -> int:
-    """What the stores of the run time allocate beside a filled StaticCache."""
+    """What the stores of the run time allocate beside a StaticCache."""
     cache = filled(StaticCache(config=model.config, max_cache_len=rows), model, 1)
     held = held_by_cache(cache, model)
     builder = Builder()
@@ -123,7 +122,11 @@ def held(name: str, model: ModelShape, rows: int) -> int:
         return held_beside_static(model, rows)
     if name == BESIDE_DYNAMIC:
         return held_beside_dynamic(model, rows)
-    return held_by_cache(filled(alignedkv_compile.Cache(model.config, name, rows), model, min(rows, 200)), model)
+    cache = alignedkv_compile.Cache(model.config, name, rows)
+    for layer, shape in zip(cache.layers, model.layers, strict=True):
+        if shape.key is not None:
+            layer.lazy_initialization(*rows_of(shape, 1))
+    return held_by_cache(cache, model)
 
 
 def test_caches_hold_what_was_predicted_and_one_block_more_does_not_fit(model: ModelShape):
@@ -133,25 +136,18 @@ def test_caches_hold_what_was_predicted_and_one_block_more_does_not_fit(model: M
         assert fit.tokens is not None
         assert fit.tokens > BLOCK_ROWS, fit
         assert held(fit.storage, model, fit.tokens) == fit.held <= MEMORY, fit
+        assert held(fit.storage, model, fit.tokens + 1) > MEMORY, fit
         assert held(fit.storage, model, fit.tokens + BLOCK_ROWS) > MEMORY, fit
-        step = 1 if fit.storage in (STATIC, DYNAMIC) else BLOCK_ROWS  # a block of planes is held whole
-        assert fit.held + _bytes_of(step, fit) > MEMORY, fit
-
-
-def _bytes_of(rows: int, fit: Fit) -> float:
-    """A generous figure for ``rows`` rows more."""
-    assert fit.tokens
-    return 2.0 * rows * fit.held / fit.tokens + 4096
 
 
 def test_the_modes_hold_the_more_the_fewer_bits_they_keep():
     model = find_shapes(config_of("llama"), "llama", torch.float16, 1)
-    fits = {fit.storage: fit for fit in find_capacity(model, 64 << 20).fits}
+    fits = {fit.storage: fit for fit in find_capacity(model, 8 << 20).fits}
     assert fits[BESIDE_DYNAMIC].tokens < fits[BESIDE_STATIC].tokens < fits[STATIC].tokens
     assert 0.9 < fits["lossless"].over_stock <= 1.0
     assert 1.6 < fits["8bit"].over_stock < 2.0 < 2.7 < fits["4bit+"].over_stock < 4.0
     twice = find_shapes(config_of("llama"), "llama", torch.float16, 2)
-    again = {fit.storage: fit for fit in find_capacity(twice, 64 << 20).fits}
+    again = {fit.storage: fit for fit in find_capacity(twice, 8 << 20).fits}
     assert again[STATIC].tokens == fits[STATIC].tokens // 2
     assert [name for name in fits if name in PACKED] == list(PACKED)
 
@@ -160,8 +156,6 @@ def test_states_of_linear_attention_do_not_grow():
     config = AutoConfig.for_model("falcon_mamba", hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=32)
     model = find_shapes(config, "falcon_mamba", torch.bfloat16, 1)
     cache, token = DynamicCache(config=config), torch.zeros(1, 1, dtype=torch.int64)
-    from transformers import AutoModelForCausalLM
-
     with torch.no_grad():
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()(input_ids=token, cache_params=cache)
     for fit in find_capacity(model, MEMORY).fits:
@@ -198,8 +192,8 @@ def test_memory_is_written_in_the_unit_that_fits():
 def test_what_cannot_be_read_or_run_is_refused(tmp_path: Path):
     with pytest.raises(CapacityError, match="transformers cannot read a config from"):
         load_config(str(tmp_path))
-    with pytest.raises(CapacityError, match="cannot run a BertConfig without weights"):
-        find_shapes(AutoConfig.for_model("t5").get_text_config() if False else AutoConfig.for_model("bert"), "bert", torch.float32, 1)
+    with pytest.raises(CapacityError, match="cannot run a CLIPVisionConfig without weights"):
+        find_shapes(AutoConfig.for_model("clip_vision_model"), "clip", torch.float32, 1)
     model = find_shapes(config_of("llama"), "llama", torch.float32, 1)
     with pytest.raises(CapacityError, match="weights of llama alone take"):
         find_capacity(model, 100, with_weights=True)
@@ -209,13 +203,13 @@ def test_command_line(tmp_path: Path):
     runner = CliRunner()
     config_of("llama").to_json_file(tmp_path / "config.json")
     saved = tmp_path / "deep" / "capacity.json"
-    arguments = ["capacity", str(tmp_path / "config.json"), "--memory", "3MiB", "--batch", "2", "--json", str(saved)]
+    arguments = ["capacity", str(tmp_path / "config.json"), "--memory", "1MiB", "--batch", "2", "--json", str(saved)]
     done = runner.invoke(cli.app, [*arguments, "--with-weights"])
     assert done.exit_code == 0, done.output
     assert "each of 2 sequences" in done.output
     found = json.loads(saved.read_text())
     model = find_shapes(config_of("llama"), "llama", torch.bfloat16, 2)
-    expected = find_capacity(model, 3 << 20, with_weights=True)
+    expected = find_capacity(model, 1 << 20, with_weights=True)
     assert [fit["tokens"] for fit in found["fits"]] == [fit.tokens for fit in expected.fits]
     assert found["weights"] == model.weights > 0
     assert runner.invoke(cli.app, ["capacity", "x", "--memory", "1GiB", "--dtype", "int4"]).exit_code == 2

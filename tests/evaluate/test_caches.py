@@ -208,19 +208,24 @@ def result(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Cac
     """A text within the trained length, retrieval beyond it."""
     document = tmp_path_factory.mktemp("text") / "text.txt"
     document.write_text(" ".join(f"word{i * i % 97}" for i in range(400)))
+    threads = torch.get_num_threads()
     settings = CacheSettings(
+        threads=1,
         text=str(document),
         contexts=(300,),
         positions=20,
         retrieval_contexts=(TRAINED + 100,),
-        kinds=("HF fp8", "fp8 e5m2 cast"),
+        kinds=("lossless", "HF fp8", "fp8 e5m2 cast"),
     )
-    return evaluation.evaluate_caches(settings, Console(quiet=True), lambda name, dtype: loaded)
+    found = evaluation.evaluate_caches(settings, Console(quiet=True), lambda name, dtype: loaded)
+    torch.set_num_threads(threads)
+    return found
 
 
 def test_an_evaluation_from_end_to_end(result: CacheResult, tmp_path: Path):
-    assert result.kinds() == (STOCK, "HF fp8", "fp8 e5m2 cast")
-    stock, scaled, cast = result.language
+    assert result.kinds() == (STOCK, "lossless", "HF fp8", "fp8 e5m2 cast")
+    stock, lossless, scaled, cast = result.language
+    assert (lossless.kl_stock, lossless.perplexity, lossless.kl_fp32) == (0.0, stock.perplexity, stock.kl_fp32), "bit for bit"
     assert stock.kl_stock == 0.0
     assert stock.bytes == 1.0
     assert cast.bytes == 0.5
@@ -228,16 +233,16 @@ def test_an_evaluation_from_end_to_end(result: CacheResult, tmp_path: Path):
     assert 0 < scaled.kl_stock < cast.kl_stock, "three bits of mantissa and two"
     assert stock.kl_fp32 < cast.kl_fp32
     assert result.factors == {300: 1.0, TRAINED + 100: 2.0}
-    assert [(score.task, score.questions) for score in result.retrieval] == [(NEEDLE, 1)] * 3 + [(MULTI_KEY, KEYS)] * 3
+    assert [(score.task, score.questions) for score in result.retrieval] == [(NEEDLE, 1)] * 4 + [(MULTI_KEY, KEYS)] * 4
     assert all(score.context == TRAINED + 100 for score in result.retrieval)
 
     result.write(tmp_path / "deep" / "caches.json")
-    assert json.loads((tmp_path / "deep" / "caches.json").read_text())["language"][2]["bytes"] == 0.5
+    assert json.loads((tmp_path / "deep" / "caches.json").read_text())["language"][3]["bytes"] == 0.5
     draw_caches(result, tmp_path / "caches.png")
     assert (tmp_path / "caches.png").read_bytes().startswith(b"\x89PNG")
 
     table = cache_table(result)
-    assert [row[:3] for row in table.rows[:3]] == [(STOCK, "300", "100.0%"), ("HF fp8", "300", "50.0%"), (cast.kind, "300", "50.0%")]
+    assert [row[:3] for row in (table.rows[0], *table.rows[2:4])] == [(STOCK, "300", "100.0%"), ("HF fp8", "300", "50.0%"), (cast.kind, "300", "50.0%")]
     assert all(len(row) == len(table.heads) for row in table.rows)
     assert "YaRN, without training on top (1124 rows by 2)" in table.note
     assert "Stock 16 bits does not solve" in table.note, "a random model finds no needle"
@@ -246,12 +251,12 @@ def test_an_evaluation_from_end_to_end(result: CacheResult, tmp_path: Path):
 
 
 def test_limits_fail_above_and_not_at_the_limit(result: CacheResult):
-    cast = result.language[2]
+    scaled, cast = result.language[2:]
     assert not exceeded(result, [Limit(cast.kind, "bytes", cast.bytes)])
     assert not exceeded(result, [Limit("not run", "bytes", 0.0)])
     (line,) = exceeded(result, [Limit(cast.kind, "bytes", 0.4)])
     assert line == "fp8 e5m2 cast at 300 rows: bytes is 0.5, above 0.4"
-    factor = cast.kl_fp32 / result.language[1].kl_fp32
+    factor = cast.kl_fp32 / scaled.kl_fp32
     assert not exceeded(result, [Limit(cast.kind, "kl_fp32", 1.001 * factor, "HF fp8")])
     (line,) = exceeded(result, [Limit(cast.kind, "kl_fp32", 0.999 * factor, "HF fp8")])
     assert "times HF fp8's" in line

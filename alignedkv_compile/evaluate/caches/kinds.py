@@ -1,7 +1,8 @@
 """Ways to store a KV cache, as the cache objects that a ``transformers`` model takes.
 
-Stock 16 bits, ``transformers``' own ``QuantizedCache`` with the settings that its documentation recommends for each backend (groups
-of 64 numbers of one token; up to 127 rows that came after the prefill stay in 16 bits), and K and V rounded to 8-bit floats.
+Stock 16 bits, the modes of :class:`alignedkv_compile.Cache`, ``transformers``' own ``QuantizedCache`` with the settings that its
+documentation recommends for each backend (groups of 64 numbers of one token; up to 127 rows that came after the prefill stay in
+16 bits), and K and V rounded to 8-bit floats.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...storage import PACKED
 from ..errors import EvaluationError
 
 STOCK = "stock"
@@ -58,6 +60,15 @@ def _quantized(backend: str, bits: int | None = None, axis: int | None = None) -
     return make
 
 
+def _packed(mode: str) -> Callable[[Any], Any]:
+    def make(config: Any) -> Any:
+        from ...cache import Cache
+
+        return Cache(config, mode)
+
+    return make
+
+
 def _rounded(dtype: torch.dtype) -> Callable[[Any], Any]:
     def make(config: Any) -> Any:
         from .rounded import rounded_cache
@@ -72,6 +83,7 @@ _QUANTO = (("optimum",), "pip install 'alignedkv-compile[eval]'")
 
 KINDS: tuple[CacheKind, ...] = (
     CacheKind(STOCK, _stock),
+    *(CacheKind(mode, _packed(mode)) for mode in PACKED),
     CacheKind("HF hqq 8-bit", _quantized("hqq", 8, 1), *_HQQ),
     CacheKind("HF hqq 4-bit", _quantized("hqq", 4, 1), *_HQQ, slow=True),
     CacheKind("HF quanto 4-bit", _quantized("quanto", 4, 0), *_QUANTO),

@@ -33,7 +33,7 @@ class CacheSettings:
     """
 
     model: str = "smollm2"
-    text: str = "code"
+    text: str = "prose"
     dtype: str = "bfloat16"
     contexts: tuple[int, ...] = (2048, 8192)
     positions: int = 128
