@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Hashable
@@ -59,24 +58,34 @@ def _worthwhile(planes: torch.Tensor, key: torch.Tensor, rows: int) -> bool:
     return plain and planes.device.type == "cpu" and key.shape[0] * key.shape[1] * rows >= COMPILED_ROWS
 
 
-def _store(
-    storage: str, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, room: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    torch.ops.alignedkv.store_rows.default(planes, key, value, positions, room.shape[0], storage)
-    return ()
+def _store(storage: str) -> _Function:
+    """A function whose parameters torch.fx can see, which it cannot in a ``functools.partial``."""
+
+    def store_in(
+        planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, room: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        torch.ops.alignedkv.store_rows.default(planes, key, value, positions, room.shape[0], storage)
+        return ()
+
+    return store_in
 
 
-def _load(
-    storage: str,
-    planes: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    room: torch.Tensor,
-    live: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    keys, values = torch.ops.alignedkv.load_rows.default(planes, key, value, positions, live.shape[0], room.shape[0], storage)
-    return keys, values
+def _load(storage: str) -> _Function:
+    """Likewise."""
+
+    def load_from(
+        planes: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        room: torch.Tensor,
+        live: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        load = torch.ops.alignedkv.load_rows.default
+        keys, values = load(planes, key, value, positions, live.shape[0], room.shape[0], storage)
+        return keys, values
+
+    return load_from
 
 
 class Kernels:
@@ -87,8 +96,10 @@ class Kernels:
         self._compiled: dict[Hashable, list[torch_private.GuardedGraph]] = {}
         self._broken = False
 
-    def call(self, function: _Function, storage: str, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """What ``function(storage, *args)`` returns, or None where nothing can be compiled: said once, in a warning."""
+    def call(
+        self, function: Callable[[str], _Function], storage: str, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """What ``function(storage)(*args)`` returns, or None where nothing can be compiled: said once, in a warning."""
         if self._broken:
             return None
         with torch_private.normal_tensors():
@@ -100,7 +111,9 @@ class Kernels:
                 return None
             return tuple(kernel(*args))  # type: ignore[arg-type]
 
-    def _kernel(self, function: _Function, storage: str, args: tuple[torch.Tensor, ...]) -> torch_private.GuardedGraph:
+    def _kernel(
+        self, function: Callable[[str], _Function], storage: str, args: tuple[torch.Tensor, ...]
+    ) -> torch_private.GuardedGraph:
         _, key, value, positions, *extents = args
         specialised = (min(key.shape[2], 2), min(positions.shape[0], 2), *(min(extent.shape[0], 2) for extent in extents))
         signature: Hashable = (function, storage, key.dtype, key.shape[:2], key.shape[3], value.shape[3], specialised)
@@ -112,10 +125,8 @@ class Kernels:
             lowering.register()
             dynamic = ((0,), (2,), (2,), (0,), *((0,) for _ in extents))
             patches = {torch_private.CUDA_GRAPHS: False}
-            bound = functools.partial(function, storage)
-            variants.append(
-                torch_private.compile_function(bound, args, dynamic, patches, post_grad_pass(function.__name__, storage))
-            )
+            post_grad = post_grad_pass(function.__name__, storage)
+            variants.append(torch_private.compile_function(function(storage), args, dynamic, patches, post_grad))
             return variants[-1]
 
 
