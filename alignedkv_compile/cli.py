@@ -166,8 +166,8 @@ def evaluate_caches(
 ) -> None:
     """What storing the KV cache in fewer bits costs a model: quality and held bytes.
 
-    Perplexity and KL to the 16-bit cache and to fp32, and retrieval from long texts: stock, the modes of alignedkv_compile.Cache,
-    transformers' QuantizedCache, and fp8. The prefill is the costly part; --keep does each once.
+    Perplexity and KL to the 16-bit cache and to fp32, and retrieval from long texts: stock, the modes of
+    alignedkv_compile.Cache, transformers' QuantizedCache, and fp8. The prefill is the costly part; --keep does each once.
     """
     from .evaluate.caches.limits import exceeded
     from .evaluate.caches.plot import draw_caches

@@ -6,7 +6,12 @@ import re
 
 from .errors import CapacityError
 
-UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
 """Bytes of each unit: decimal ones, and binary ones with an i."""
 _LOWER = {unit.lower(): size for unit, size in UNITS.items()}
 

@@ -1,7 +1,8 @@
 """What a model's layers put into a cache, found by running the model: on the ``meta`` device, where nothing is allocated.
 
-Formulas over config fields would be wrong for one architecture or the other: latents, layers that share a cache, head dimensions
-that differ between layers, states of linear attention. One token through the real modules shows what each layer's cache is given.
+Formulas over config fields would be wrong for one architecture or the other: latents, layers that share a cache, head
+dimensions that differ between layers, states of linear attention. One token through the real modules shows what each layer's
+cache is given.
 """
 
 from __future__ import annotations

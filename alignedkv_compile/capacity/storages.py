@@ -1,8 +1,8 @@
 """Bytes that a cache of so many rows holds, by the way in which it is stored.
 
-No byte is computed from a formula of this module's own: every way makes its cache as always, on the ``meta`` device, by the classes
-that allocate it (``transformers``' layers, :class:`alignedkv_compile.Cache`) or by the layout and the rules of growth that the
-run-time state allocates by, and the sizes of the tensors are added up.
+No byte is computed from a formula of this module's own: every way makes its cache as always, on the ``meta`` device, by the
+classes that allocate it (``transformers``' layers, :class:`alignedkv_compile.Cache`) or by the layout and the rules of growth
+that the run-time state allocates by, and the sizes of the tensors are added up.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def dynamic_cache(model: ModelShape, rows: int) -> Any:
             before = min(before, layer.sliding_window - 1)
         for count in (before, 1):
             if count:
-                layer.update(*(tensor.new_empty(*tensor.shape[:2], count, tensor.shape[3]) for tensor in (shape.key, shape.value)))
+                layer.update(
+                    *(tensor.new_empty(*tensor.shape[:2], count, tensor.shape[3]) for tensor in (shape.key, shape.value))
+                )
     return cache
 
 
@@ -101,7 +103,7 @@ def _packed(mode: str) -> Callable[[ModelShape, int], int]:
 
 
 def _beside_static(model: ModelShape, rows: int) -> int:
-    """The cache, and what :mod:`alignedkv_compile.state` keeps beside it: planes, and for windows and latents rows once more."""
+    """The cache, and what the run-time state keeps beside it: planes, and for windows and latents the rows once more."""
     cache = static_cache(model, rows)
     held = tensor_bytes(cache) + _constant(model)
     for layer, shape in zip(cache.layers, model.layers, strict=True):

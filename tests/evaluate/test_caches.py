@@ -242,7 +242,11 @@ def test_an_evaluation_from_end_to_end(result: CacheResult, tmp_path: Path):
     assert (tmp_path / "caches.png").read_bytes().startswith(b"\x89PNG")
 
     table = cache_table(result)
-    assert [row[:3] for row in (table.rows[0], *table.rows[2:4])] == [(STOCK, "300", "100.0%"), ("HF fp8", "300", "50.0%"), (cast.kind, "300", "50.0%")]
+    assert [row[:3] for row in (table.rows[0], *table.rows[2:4])] == [
+        (STOCK, "300", "100.0%"),
+        ("HF fp8", "300", "50.0%"),
+        (cast.kind, "300", "50.0%"),
+    ]
     assert all(len(row) == len(table.heads) for row in table.rows)
     assert "YaRN, without training on top (1124 rows by 2)" in table.note
     assert "Stock 16 bits does not solve" in table.note, "a random model finds no needle"

@@ -14,8 +14,8 @@ from .kinds import CacheKind
 from .prefilled import Continuation, Prefilled
 
 CHUNK = 16
-"""Tokens per forward pass. Only the newest rows, at most this many, may be attended in more bits than they are stored in; decoding
-one by one would take 16 times as long, and has one such row."""
+"""Tokens per forward pass. Only the newest rows, at most this many, may be attended in more bits than they are stored in;
+decoding one by one would take 16 times as long, and has one such row."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def run_after(
 
 
 def _run(model: Any, cache: Any, continuation: Continuation) -> torch.Tensor:
-    scored, logits = len(continuation.targets), []
-    for chunk in torch.tensor([continuation.tokens]).split(CHUNK, 1):
-        logits.append(model(input_ids=chunk, past_key_values=cache).logits[0])
-    return torch.cat(logits)[-scored:].float().log_softmax(-1)
+    chunks = torch.tensor([continuation.tokens]).split(CHUNK, 1)
+    logits = [model(input_ids=chunk, past_key_values=cache).logits[0] for chunk in chunks]
+    return torch.cat(logits)[-len(continuation.targets) :].float().log_softmax(-1)

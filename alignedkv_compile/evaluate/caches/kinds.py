@@ -1,8 +1,8 @@
 """Ways to store a KV cache, as the cache objects that a ``transformers`` model takes.
 
-Stock 16 bits, the modes of :class:`alignedkv_compile.Cache`, ``transformers``' own ``QuantizedCache`` with the settings that its
-documentation recommends for each backend (groups of 64 numbers of one token; up to 127 rows that came after the prefill stay in
-16 bits), and K and V rounded to 8-bit floats.
+Stock 16 bits, the modes of :class:`alignedkv_compile.Cache`, ``transformers``' own ``QuantizedCache`` with the settings that
+its documentation recommends for each backend (groups of 64 numbers of one token; up to 127 rows that came after the prefill
+stay in 16 bits), and K and V rounded to 8-bit floats.
 """
 
 from __future__ import annotations

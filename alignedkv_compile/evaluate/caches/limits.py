@@ -38,7 +38,7 @@ def exceeded(result: CacheResult, limits: Sequence[Limit] = LIMITS) -> tuple[str
     """One line for every limit that a score of ``result`` exceeds. NaN exceeds every limit; kinds that were not run none."""
     found = []
     for limit in limits:
-        for score in (*result.language, *result.retrieval):
+        for score in result.scores():
             if score.kind != limit.kind or not hasattr(score, limit.metric):
                 continue
             base = 1.0 if limit.relative_to is None else _value(result, limit.relative_to, score, limit.metric)
@@ -51,7 +51,7 @@ def exceeded(result: CacheResult, limits: Sequence[Limit] = LIMITS) -> tuple[str
 
 def _value(result: CacheResult, kind: str, beside: LanguageScore | RetrievalScore, metric: str) -> float | None:
     """The metric of ``kind`` where ``beside`` was measured, None where it was not run."""
-    for score in (*result.language, *result.retrieval):
+    for score in result.scores():
         same = type(score) is type(beside) and score.context == beside.context
         if same and score.kind == kind and getattr(score, "task", None) == getattr(beside, "task", None):
             return float(getattr(score, metric))

@@ -1,8 +1,8 @@
 """A text that has been read once: its K and V, and what the fp32 model expects after it. Every kind of cache starts from these.
 
-The prefill is the costly part, and the same for all kinds: an fp32 copy of the model with stock attention. K and V are then rounded
-to the dtype of the model under test, so that all kinds store the very same rows. Prefills can be kept in a folder, as files
-named by a hash of everything that they depend on.
+The prefill is the costly part, and the same for all kinds: an fp32 copy of the model with stock attention. K and V are then
+rounded to the dtype of the model under test, so that all kinds store the very same rows. Prefills can be kept in a folder, as
+files named by a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -123,5 +123,7 @@ class Reader:
 
 def _fingerprint(model: Any) -> str:
     """A hash of a model's weights, through sums that another order or another number changes."""
-    sums = [f"{name} {float(weight.double().sum())!r} {float(weight.flatten()[-1])!r}" for name, weight in model.named_parameters()]
+    sums = [
+        f"{name} {float(weight.double().sum())!r} {float(weight.flatten()[-1])!r}" for name, weight in model.named_parameters()
+    ]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()

@@ -27,7 +27,9 @@ def cache_table(result: CacheResult) -> Rows:
     settings = result.settings
     contexts = sorted({*settings.contexts, *settings.retrieval_contexts})
     rows = [_row(result, context, kind) for context in contexts for kind in result.kinds()]
-    return Rows(f"{result.model}, {settings.dtype}, {settings.text}: ways to store the cache", HEADS, tuple(rows), _note(result))
+    return Rows(
+        f"{result.model}, {settings.dtype}, {settings.text}: ways to store the cache", HEADS, tuple(rows), _note(result)
+    )
 
 
 def _row(result: CacheResult, context: int, kind: str) -> tuple[str, ...]:
@@ -75,7 +77,8 @@ def _note(result: CacheResult) -> str:
         parts.append(f"fp32 perplexity: {perplexities}.")
     if stretched:
         parts.append(
-            f"Beyond the {result.trained} positions that the model was trained to: YaRN, without training on top ({', '.join(stretched)})."
+            f"Beyond the {result.trained} positions that the model was trained to: YaRN, without training on top"
+            f" ({', '.join(stretched)}); compare caches there, not contexts."
         )
     if unsolved:
         parts.append(f"Stock 16 bits does not solve {', '.join(unsolved)}: what it fails says nothing about a cache.")

@@ -137,9 +137,13 @@ class CacheResult:
         """Plain data."""
         return asdict(self)
 
+    def scores(self) -> tuple[LanguageScore | RetrievalScore, ...]:
+        """All of them."""
+        return (*self.language, *self.retrieval)
+
     def kinds(self) -> tuple[str, ...]:
         """Names of the kinds, in their order."""
-        return tuple(dict.fromkeys(score.kind for score in (*self.language, *self.retrieval)))
+        return tuple(dict.fromkeys(score.kind for score in self.scores()))
 
     def write(self, path: Path) -> None:
         """Write :meth:`to_dict` as JSON to ``path``, making its folder."""

@@ -1,8 +1,8 @@
 """Longer contexts than a model was trained to: YaRN (Peng et al., arXiv 2309.00071), through the model's config.
 
-YaRN divides the frequencies of the rotary embedding that are slower than the trained context, and sharpens attention a little. With
-no training on top, a model stretched like this is a worse one than at its own lengths: perplexities of stretched contexts compare
-caches with each other, not contexts.
+YaRN divides the frequencies of the rotary embedding that are slower than the trained context, and sharpens attention a
+little. With no training on top, a model stretched like this is a worse one than at its own lengths: perplexities of stretched
+contexts compare caches with each other, not contexts.
 """
 
 from __future__ import annotations

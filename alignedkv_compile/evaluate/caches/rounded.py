@@ -1,4 +1,4 @@
-"""A growing cache whose K and V are stored in an 8-bit float with no scale: a saturating cast, as vLLM's ``kv_cache_dtype="fp8"``."""
+"""A growing cache of 8-bit floats with no scale: a saturating cast, as vLLM's ``kv_cache_dtype="fp8"``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RoundedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[B, H, n, D]`` rows; all rows, as the model reads them. The first call's come back as they were given, as those
-        of ``QuantizedCache``: a prefill attends to K and V at hand."""
+        """Append ``[B, H, n, D]`` rows; all rows, as the model reads them. The first call's come back as they were given, as
+        those of ``QuantizedCache``: a prefill attends to K and V at hand."""
         first = not self.is_initialized
         if first:
             self.lazy_initialization(key_states, value_states)

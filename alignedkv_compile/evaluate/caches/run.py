@@ -129,7 +129,8 @@ def _require_full_attention(loaded: LoadedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         raise EvaluationError(
-            f"{loaded.name} has layers of {', '.join(sorted(kinds))}; only caches of layers that attend to the whole past are compared"
+            f"{loaded.name} has layers of {', '.join(sorted(kinds))}; only caches of layers that attend to the whole past are"
+            " compared"
         )
 
 
@@ -161,12 +162,12 @@ def _retrieval(bench: _Bench, context: int, depths: Sequence[float]) -> list[Ret
     by_task = dict[str, list[tuple[Haystack, tuple[_Run, ...]]]]()
     with bench.stretched_to(context):
         for haystack in haystacks(bench.loaded.tokenizer, context, depths):
-            following = [Continuation(question.prompt + question.answer[:-1], question.answer) for question in haystack.questions]
+            following = [
+                Continuation(question.prompt + question.answer[:-1], question.answer) for question in haystack.questions
+            ]
             runs = bench.run(f"{haystack.task}, {context} rows", haystack.tokens, following)
             by_task.setdefault(haystack.task, []).append((haystack, runs))
-    return [
-        _grade(task, context, done, index) for task, done in by_task.items() for index in range(len(bench.kinds))
-    ]
+    return [_grade(task, context, done, index) for task, done in by_task.items() for index in range(len(bench.kinds))]
 
 
 def _grade(task: str, context: int, done: Sequence[tuple[Haystack, tuple[_Run, ...]]], index: int) -> RetrievalScore:

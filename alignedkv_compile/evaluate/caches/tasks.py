@@ -25,11 +25,51 @@ KEYS = 12
 SEED = 20240917
 
 _COLOURS = ("amber", "black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "silver", "white")
-_ANIMALS = ("badger", "crane", "dolphin", "eagle", "falcon", "horse", "lion", "otter", "panda", "rabbit", "tiger", "whale", "wolf")
-_PEOPLE = ("baker", "clerk", "doctor", "farmer", "gardener", "painter", "pilot", "sailor", "singer", "teacher", "tailor", "writer")
+_ANIMALS = (
+    "badger",
+    "crane",
+    "dolphin",
+    "eagle",
+    "falcon",
+    "horse",
+    "lion",
+    "otter",
+    "panda",
+    "rabbit",
+    "tiger",
+    "whale",
+    "wolf",
+)
+_PEOPLE = (
+    "baker",
+    "clerk",
+    "doctor",
+    "farmer",
+    "gardener",
+    "painter",
+    "pilot",
+    "sailor",
+    "singer",
+    "teacher",
+    "tailor",
+    "writer",
+)
 _VERBS = ("cleaned", "found", "kept", "moved", "noticed", "opened", "painted", "repaired", "sold", "took", "wanted", "watched")
 _THINGS = ("basket", "blanket", "boat", "chair", "clock", "door", "ladder", "lamp", "map", "mirror", "table", "wagon", "window")
-_PLACES = ("bridge", "church", "field", "forest", "garden", "harbour", "market", "mill", "river", "school", "station", "village")
+_PLACES = (
+    "bridge",
+    "church",
+    "field",
+    "forest",
+    "garden",
+    "harbour",
+    "market",
+    "mill",
+    "river",
+    "school",
+    "station",
+    "village",
+)
 _TIMES = ("before dawn", "in the morning", "at noon", "in the afternoon", "in the evening", "late at night", "after the rain")
 
 INTRODUCTION = "Some secret codes are hidden in the following text. Remember them.\n\n"
@@ -74,12 +114,9 @@ def haystacks(tokenizer: Tokenizer, context: int, depths: Sequence[float]) -> tu
     Raises:
         EvaluationError: the context is too short for the facts.
     """
-    found = [
-        _haystack(NEEDLE, tokenizer, context, 1, (depth,), random.Random(f"{SEED} {context} {depth}"))  # noqa: S311
-        for depth in depths
-    ]
+    found = [_haystack(NEEDLE, tokenizer, context, 1, (depth,), random.Random(f"{SEED} {context} {depth}")) for depth in depths]
     spread = tuple((index + 0.5) / KEYS for index in range(KEYS))
-    found.append(_haystack(MULTI_KEY, tokenizer, context, KEYS, spread, random.Random(f"{SEED} {context}")))  # noqa: S311
+    found.append(_haystack(MULTI_KEY, tokenizer, context, KEYS, spread, random.Random(f"{SEED} {context}")))
     return tuple(found)
 
 
