@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Hashable
@@ -18,7 +17,7 @@ _log = logging.getLogger(__name__)
 COMPILED_ROWS = 2048
 """From so many rows of all heads on, compiling once (some seconds for each shape) is worth it."""
 
-_Function = Callable[..., tuple[torch.Tensor, ...]]
+Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def store(
@@ -59,24 +58,29 @@ def _worthwhile(planes: torch.Tensor, key: torch.Tensor, rows: int) -> bool:
     return plain and planes.device.type == "cpu" and key.shape[0] * key.shape[1] * rows >= COMPILED_ROWS
 
 
-def _store(
-    storage: str, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, room: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    torch.ops.alignedkv.store_rows.default(planes, key, value, positions, room.shape[0], storage)
-    return ()
+def _store(storage: str) -> Function:
+    def function(
+        planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, room: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        store_rows.default(planes, key, value, positions, room.shape[0], storage)
+        return ()
+
+    return function
 
 
-def _load(
-    storage: str,
-    planes: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    room: torch.Tensor,
-    live: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    keys, values = torch.ops.alignedkv.load_rows.default(planes, key, value, positions, live.shape[0], room.shape[0], storage)
-    return keys, values
+def _load(storage: str) -> Function:
+    def function(
+        planes: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        room: torch.Tensor,
+        live: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        held = load_rows.default(planes, key, value, positions, live.shape[0], room.shape[0], storage)
+        return held[0], held[1]
+
+    return function
 
 
 class Kernels:
@@ -87,8 +91,10 @@ class Kernels:
         self._compiled: dict[Hashable, list[torch_private.GuardedGraph]] = {}
         self._broken = False
 
-    def call(self, function: _Function, storage: str, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """What ``function(storage, *args)`` returns, or None where nothing can be compiled: said once, in a warning."""
+    def call(
+        self, function: Callable[[str], Function], storage: str, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """What ``function(storage)(*args)`` returns, or None where nothing can be compiled: said once, in a warning."""
         if self._broken:
             return None
         with torch_private.normal_tensors():
@@ -100,7 +106,9 @@ class Kernels:
                 return None
             return tuple(kernel(*args))  # type: ignore[arg-type]
 
-    def _kernel(self, function: _Function, storage: str, args: tuple[torch.Tensor, ...]) -> torch_private.GuardedGraph:
+    def _kernel(
+        self, function: Callable[[str], Function], storage: str, args: tuple[torch.Tensor, ...]
+    ) -> torch_private.GuardedGraph:
         _, key, value, positions, *extents = args
         specialised = (min(key.shape[2], 2), min(positions.shape[0], 2), *(min(extent.shape[0], 2) for extent in extents))
         signature: Hashable = (function, storage, key.dtype, key.shape[:2], key.shape[3], value.shape[3], specialised)
@@ -112,10 +120,8 @@ class Kernels:
             lowering.register()
             dynamic = ((0,), (2,), (2,), (0,), *((0,) for _ in extents))
             patches = {torch_private.CUDA_GRAPHS: False}
-            bound = functools.partial(function, storage)
-            variants.append(
-                torch_private.compile_function(bound, args, dynamic, patches, post_grad_pass(function.__name__, storage))
-            )
+            key_of_caches = post_grad_pass(function.__name__, storage)
+            variants.append(torch_private.compile_function(function(storage), args, dynamic, patches, key_of_caches))
             return variants[-1]
 
 
