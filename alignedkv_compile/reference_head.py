@@ -211,7 +211,7 @@ def dequantize(hi: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> t
 
 
 def key_nibbles(views: ArenaViews, head: int | slice) -> torch.Tensor:
-    """uint8 ``[rows, Dk']`` of one head, or ``[heads, rows, Dk']``: the 4-bit plane of K, in the order that its device keeps."""
+    """uint8 ``[rows, Dk']`` of one head, or ``[heads, rows, Dk']``: the 4-bit plane of K, in its device's order."""
     if score_ordered(views.key_hi.device):
         return unpack_score_order(views.key_hi[head])
     return unpack_row_order(views.key_hi_rows[head])

@@ -252,6 +252,13 @@ def mark_static_input(node: torch.fx.Node) -> None:
     node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}
 
 
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Have CUDA graphs use a tensor where it is, as :func:`mark_static_input` does in a graph that is made already."""
+    import torch._dynamo  # a second of imports, which whoever compiles has behind them
+
+    torch._dynamo.mark_static_address(tensor)
+
+
 def is_attribute(node: torch.fx.Node) -> bool:
     """Whether Dynamo found a placeholder's tensor as an attribute of an object, and not as an argument of the call."""
     from torch._dynamo.source import AttrSource  # where Dynamo read an input from

@@ -92,9 +92,11 @@ class Template(CppTemplate):
     def definition(
         self, kernel: Kernel, nodes: Mapping[str, ir.Buffer], output: ir.Buffer, sizes: Sequence[sympy.Expr]
     ) -> tuple[str, str]:
-        """The function's head, and lines that name again what Inductor passes once (one tensor under two names)."""
+        """The function's head, and the lines that make its arguments what the template means by their names: Inductor passes a
+        buffer once, though several arguments may lie in it, and passes where it starts, not where a view of it does."""
         first: dict[str, str] = {}
         aliases = []
+        offsets = {name: node.get_layout().offset for name, node in nodes.items()}
         inputs: dict[str, ir.Buffer] = {}
         outputs: dict[str, ir.Buffer] = {}
         for name, node in nodes.items():
@@ -105,7 +107,9 @@ class Template(CppTemplate):
             (outputs if name in self.mutated else inputs)[name] = node
         if self.has_output:
             outputs["output"] = output
-        return kernel.define(inputs, outputs, sizes), "\n".join(aliases)
+        definition = kernel.define(inputs, outputs, [*sizes, *offsets.values()])
+        starts = [f"  {name} += {kernel.size_expression(offset)};" for name, offset in offsets.items() if offset != 0]
+        return definition, "\n".join([*aliases, *starts])
 
     def includes(self) -> str:
         """Headers of every kernel."""

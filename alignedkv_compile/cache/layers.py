@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .. import torch_private
 from ..arena_copies import resized, selected
 from ..errors import CacheRowsError
 from ..layout import BLOCK_ROWS, MAX_HEAD_DIM, ArenaLayout
@@ -253,8 +254,8 @@ class StaticPackedLayer(PackedLayer):
         super().lazy_initialization(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():  # else CUDA graphs do without, as with a StaticCache
-            torch._dynamo.mark_static_address(self.planes)
-            torch._dynamo.mark_static_address(self.cumulative_length)
+            torch_private.mark_static_address(self.planes)
+            torch_private.mark_static_address(self.cumulative_length)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

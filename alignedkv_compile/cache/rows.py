@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 COMPILED_ROWS = 2048
 """From so many rows of all heads on, compiling once (some seconds for each shape) is worth it."""
 
-_Function = Callable[..., tuple[torch.Tensor, ...]]
+Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def store(
@@ -58,22 +58,18 @@ def _worthwhile(planes: torch.Tensor, key: torch.Tensor, rows: int) -> bool:
     return plain and planes.device.type == "cpu" and key.shape[0] * key.shape[1] * rows >= COMPILED_ROWS
 
 
-def _store(storage: str) -> _Function:
-    """A function whose parameters torch.fx can see, which it cannot in a ``functools.partial``."""
-
-    def store_in(
+def _store(storage: str) -> Function:
+    def function(
         planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, room: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        torch.ops.alignedkv.store_rows.default(planes, key, value, positions, room.shape[0], storage)
+        store_rows.default(planes, key, value, positions, room.shape[0], storage)
         return ()
 
-    return store_in
+    return function
 
 
-def _load(storage: str) -> _Function:
-    """Likewise."""
-
-    def load_from(
+def _load(storage: str) -> Function:
+    def function(
         planes: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -81,11 +77,10 @@ def _load(storage: str) -> _Function:
         room: torch.Tensor,
         live: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        load = torch.ops.alignedkv.load_rows.default
-        keys, values = load(planes, key, value, positions, live.shape[0], room.shape[0], storage)
-        return keys, values
+        held = load_rows.default(planes, key, value, positions, live.shape[0], room.shape[0], storage)
+        return held[0], held[1]
 
-    return load_from
+    return function
 
 
 class Kernels:
@@ -97,7 +92,7 @@ class Kernels:
         self._broken = False
 
     def call(
-        self, function: Callable[[str], _Function], storage: str, args: tuple[torch.Tensor, ...]
+        self, function: Callable[[str], Function], storage: str, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
         """What ``function(storage)(*args)`` returns, or None where nothing can be compiled: said once, in a warning."""
         if self._broken:
@@ -112,7 +107,7 @@ class Kernels:
             return tuple(kernel(*args))  # type: ignore[arg-type]
 
     def _kernel(
-        self, function: Callable[[str], _Function], storage: str, args: tuple[torch.Tensor, ...]
+        self, function: Callable[[str], Function], storage: str, args: tuple[torch.Tensor, ...]
     ) -> torch_private.GuardedGraph:
         _, key, value, positions, *extents = args
         specialised = (min(key.shape[2], 2), min(positions.shape[0], 2), *(min(extent.shape[0], 2) for extent in extents))
@@ -125,8 +120,8 @@ class Kernels:
             lowering.register()
             dynamic = ((0,), (2,), (2,), (0,), *((0,) for _ in extents))
             patches = {torch_private.CUDA_GRAPHS: False}
-            post_grad = post_grad_pass(function.__name__, storage)
-            variants.append(torch_private.compile_function(function(storage), args, dynamic, patches, post_grad))
+            key_of_caches = post_grad_pass(function.__name__, storage)
+            variants.append(torch_private.compile_function(function(storage), args, dynamic, patches, key_of_caches))
             return variants[-1]
 
 
