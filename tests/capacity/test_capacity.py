@@ -1,4 +1,4 @@
-"""`alignedkv capacity`: caches that are allocated hold the bytes that were predicted, and one row or block more does not fit."""
+"""`alignedkv capacity`: caches that are allocated hold the bytes that were predicted, and one block more does not fit."""
 
 from __future__ import annotations
 

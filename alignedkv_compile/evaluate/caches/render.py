@@ -69,7 +69,8 @@ def _note(result: CacheResult) -> str:
     ]
     stretched = [f"{context} rows by {factor:g}" for context, factor in result.factors.items() if factor > 1]
     parts = [
-        f"bytes: of the cache's tensors at the last position, over stock's. {result.settings.positions} teacher-forced positions."
+        "bytes: of the cache's tensors at the last position, over stock's."
+        f" {result.settings.positions} positions, teacher-forced."
         " KL in nats; to 16 bits: stock in the same dtype."
         " needle, multi-key: questions answered exactly; answer NLL: of multi-key's answers, nats per token."
     ]
