@@ -31,7 +31,7 @@ from alignedkv_compile.evaluate.caches.tasks import KEYS, MULTI_KEY, NEEDLE, hay
 from alignedkv_compile.evaluate.errors import EvaluationError
 from alignedkv_compile.evaluate.render import markdown
 
-VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM, TRAINED = 256, 2, 2, 64, 1024
+VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM, TRAINED = 256, 2, 2, 64, 512
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 
@@ -248,7 +248,7 @@ def test_an_evaluation_from_end_to_end(result: CacheResult, tmp_path: Path):
         (cast.kind, "300", "50.0%"),
     ]
     assert all(len(row) == len(table.heads) for row in table.rows)
-    assert "YaRN, without training on top (1124 rows by 2)" in table.note
+    assert f"YaRN, without training on top ({TRAINED + 100} rows by 2)" in table.note
     assert "Stock 16 bits does not solve" in table.note, "a random model finds no needle"
     text = markdown(table)
     assert text.count("\n| ") == 1 + len(table.rows)

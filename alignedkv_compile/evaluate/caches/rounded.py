@@ -18,7 +18,8 @@ class RoundedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = (tensor.to(self.storage) for tensor in (self.keys, self.values))
+        self.keys = key_states.new_empty(0, dtype=self.storage)
+        self.values = value_states.new_empty(0, dtype=self.storage)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
