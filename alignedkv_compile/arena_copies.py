@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from .arena import arena_views
-from .layout import BLOCK_ROWS, SCORE_GROUP, ArenaLayout
+from .layout import SCORE_GROUP, ArenaLayout
 
 
 def resized(planes: torch.Tensor, layout: ArenaLayout, capacity: int) -> torch.Tensor:
@@ -27,11 +27,11 @@ def _copied(planes: torch.Tensor, layout: ArenaLayout, target: ArenaLayout, chos
     result = torch.zeros(target.total, dtype=torch.uint8, device=planes.device)
     source, views = arena_views(planes, layout), arena_views(result, target)
     views.header.copy_(source.header)
-    rows = min(layout.rows, target.rows)
+    rows, blocks = min(layout.rows, target.rows), min(layout.blocks, target.blocks)
     sections = [
         (source.scales, views.scales, rows),
-        (source.value_count, views.value_count, rows // BLOCK_ROWS),
-        (source.value_sum, views.value_sum, rows // BLOCK_ROWS),
+        (source.value_count, views.value_count, blocks),
+        (source.value_sum, views.value_sum, blocks),
         (source.key_hi, views.key_hi, rows // SCORE_GROUP),
         (source.value_hi, views.value_hi, rows),
         (source.key_mid, views.key_mid, min(layout.mid_rows, target.mid_rows)),

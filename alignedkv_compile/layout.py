@@ -93,9 +93,9 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // ELEMENT_PADDING) * ELEMENT_PADDING
 
 
-def padded_rows(capacity: IntLike) -> IntLike:
-    """Rows per (batch, head) in every section: ``capacity`` rounded up to whole blocks."""
-    return (capacity + (BLOCK_ROWS - 1)) // BLOCK_ROWS * BLOCK_ROWS
+def padded_rows(capacity: IntLike, unit: int = BLOCK_ROWS) -> IntLike:
+    """Rows per (batch, head) in every section: ``capacity`` rounded up to whole units."""
+    return (capacity + (unit - 1)) // unit * unit
 
 
 def score_ordered(device: torch.device) -> bool:
@@ -132,8 +132,8 @@ class ArenaLayout:
 
     @property
     def rows(self) -> int:
-        """Padded rows per (batch, head)."""
-        return padded_rows(self.capacity)
+        """Padded rows per (batch, head): to whole blocks, or to whole groups where every byte counts."""
+        return padded_rows(self.capacity, SCORE_GROUP if self.storage.packed else BLOCK_ROWS)
 
     @property
     def blocks(self) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from .. import layout as layout_module
 from .. import residual
 from ..layout import ArenaLayout, hadamard_blocks, padded_head_dim
 from ..storage import WINDOW
 from .cpp_kernel import render
+from .isa import chosen_target
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,23 @@ def arena_header(layout: ArenaLayout) -> str:
         blocks=arena.blocks,
         offset={name: getattr(arena, name) for name in sections},
         hadamard=_hadamard(arena.key_dim),
+        lanes=chosen_target().lanes,
         storage=arena.storage,
         window=WINDOW,
         residual_row=arena.residual_row,
     )
 
 
-def packed_rows(arena: ArenaLayout) -> str:
-    """C++ that decodes rows of an arena that is the cache; nothing for planes beside one."""
+def packed_rows(arena: ArenaLayout, dtype: torch.dtype) -> str:
+    """C++ that decodes rows of an arena that is the cache, of numbers of ``dtype``; nothing for planes beside one."""
     if not arena.storage.packed:
         return ""
     return render(
         "packed_rows.h.jinja",
         layout=layout_module,
         storage=arena.storage,
+        lanes=chosen_target().lanes,
+        bfloat16=dtype == torch.bfloat16,
         hadamard=[(start, size, residual.block_gain(size)) for start, size in _hadamard(arena.key_dim)],
         codes=residual.CODES,
         unit=residual.UNIT,

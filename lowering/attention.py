@@ -102,7 +102,7 @@ class ReadAttention(Template):
             vectors=vector_header(),
             arena=arena_header(arena),
             element=DTYPE_TO_CPP[constants.dtype],
-            rows=packed_rows(arena),
+            rows=packed_rows(arena, constants.dtype),
             stored_row=arena.stored_row,
             common=common,
             stream=render("stream.h.jinja", **shared),

@@ -54,7 +54,7 @@ class RowsTemplate(Template):
             constants=print_cpp(SHARED),
             vectors=vector_header(),
             arena=arena_header(self.arena),
-            rows=packed_rows(self.arena),
+            rows=packed_rows(self.arena, key.get_dtype()),
             smallest_scale=residual.SMALLEST_SCALE,
             unit=residual.UNIT,
             width_step=residual.WIDTH_STEP,

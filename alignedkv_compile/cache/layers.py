@@ -16,15 +16,15 @@ from transformers.cache_utils import CacheLayerMixin
 from .. import torch_private
 from ..arena_copies import resized, selected
 from ..errors import CacheRowsError
-from ..layout import BLOCK_ROWS, MAX_HEAD_DIM, ArenaLayout
+from ..layout import MAX_HEAD_DIM, SCORE_GROUP, ArenaLayout
 from ..storage import STORAGES
 from . import rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-GROWTH = 32
-"""A growing layer makes room for one more of so many rows at a time, and for a block at least: little to spare, and each row is
-copied some thirty times in its life, a fraction of what one token reads."""
+GROWTH = 64
+"""A growing layer makes room for one more of so many rows at a time, and for a group at least: little to spare, and a row is
+copied some sixty times in its life, which is less than what one token reads."""
 
 
 class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -146,7 +146,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class GrowingPackedLayer(PackedLayer):
-    """A layer that makes room as rows come, a block or a thirty-second at a time.
+    """A layer that makes room as rows come, a group of rows or one of :data:`GROWTH` at a time.
 
     Attributes:
         length: rows held.
@@ -293,5 +293,5 @@ class StaticPackedLayer(PackedLayer):
 
 
 def _room_for(rows: int) -> int:
-    """Rows to have room for when ``rows`` are needed: whole blocks."""
-    return -(-(rows + rows // GROWTH) // BLOCK_ROWS) * BLOCK_ROWS
+    """Rows to have room for when ``rows`` are needed: whole groups."""
+    return -(-(rows + rows // GROWTH) // SCORE_GROUP) * SCORE_GROUP
