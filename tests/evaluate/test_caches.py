@@ -18,7 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 from alignedkv_compile import cli
 from alignedkv_compile.demo.model import LoadedModel
 from alignedkv_compile.evaluate.caches import run as evaluation
-from alignedkv_compile.evaluate.caches.continuing import run_after
+from alignedkv_compile.evaluate.caches.continuing import run_after, twin
 from alignedkv_compile.evaluate.caches.held import held_bytes
 from alignedkv_compile.evaluate.caches.kinds import KINDS, STOCK, CacheKind, choose
 from alignedkv_compile.evaluate.caches.limits import Limit, exceeded
@@ -137,13 +137,15 @@ def test_other_caches_store_what_their_name_says(llama: Any, name: str, bits: fl
         cache.update(*first, layer)
     held = held_bytes(cache) * 8 / (LAYERS * 2 * 256 * KV_HEADS * HEAD_DIM)
     assert held == pytest.approx(bits, rel=0.01), "bits per number: codes, and where groups have them 16-bit scales and zeros"
-    new = [rows_of(generator, 3) for _ in range(2)]
+    other, new = twin(cache), [rows_of(generator, 3) for _ in range(2)]
     for given, old, added in zip(cache.update(*new, 0), first, new, strict=True):
         assert given.shape[2] == 259
         wrong = float((given[:, :, :256].float() - old.float()).norm() / old.float().norm())
         assert 1e-3 < wrong < error
         assert float((given[:, :, 256:].float() - added.float()).abs().max()) <= 0.25
     assert cache.get_seq_length() == 259
+    other.update(*(tensor[:, :, :1] for tensor in new), 0)
+    assert other.get_seq_length() == 257, "twins go on each for itself"
 
 
 def test_fp8_casts_saturate(llama: Any):

@@ -55,11 +55,18 @@ def run_after(
         filled.update(key.clone(), value.clone(), index)
     found, cache = [], filled
     for number, continuation in enumerate(continuations, 1):
-        cache = filled if number == len(continuations) else copy.deepcopy(filled)
+        cache = filled if number == len(continuations) else twin(filled)
         found.append(_run(model, cache, continuation))
         advance(1)
     rows = prefilled.layers[0][0].shape[2] + len(continuations[-1].tokens)
     return Continued(tuple(found), held_bytes(cache), rows)
+
+
+def twin(cache: Any) -> Any:
+    """A deep copy that can be continued in place of ``cache``. Tensors of classes that cannot be copied, as quanto's, are shared:
+    their layers exchange them and never write them."""
+    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(cache, {id(tensor): tensor for tensor in held if type(tensor) is not torch.Tensor})
 
 
 def _run(model: Any, cache: Any, continuation: Continuation) -> torch.Tensor:
