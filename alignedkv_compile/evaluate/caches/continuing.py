@@ -63,7 +63,7 @@ def run_after(
 
 
 def twin(cache: Any) -> Any:
-    """A deep copy that can be continued in place of ``cache``. Tensors of classes that cannot be copied, as quanto's, are shared:
+    """A deep copy, to be continued by itself. Tensors of classes that cannot be copied, as quanto's, are shared:
     their layers exchange them and never write them."""
     held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(cache, {id(tensor): tensor for tensor in held if type(tensor) is not torch.Tensor})
