@@ -51,7 +51,7 @@ demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by sid
 demo-quick: $(STAMP)  ## the same at a 2k context only (under 5 minutes)
 	$(BIN)/alignedkv demo --quick --json results/demo-quick.json $(DEMO_ARGS)
 
-eval: $(STAMP)  ## quality and held bytes of ways to store the cache, then the sweep of eval-read; EVAL_ARGS=--full for 32k rows
+eval: $(STAMP)  ## ways to store the cache beside each other, then eval-read (about half an hour; EVAL_ARGS=--full for 32k rows: hours)
 	$(BIN)/alignedkv eval-caches --keep results/prefills --json results/caches.json --plot results/caches.png --markdown results/caches.md $(EVAL_ARGS)
 	$(MAKE) eval-read
 

@@ -50,7 +50,7 @@ def _language(score: LanguageScore, stock: LanguageScore) -> tuple[str, ...]:
     return (
         f"{score.perplexity:.3f}",
         "" if score.kind == STOCK else f"{score.kl_stock:.1e}",
-        f"{score.kl_fp32:.2e} ± {score.kl_fp32_error:.0e}",
+        f"{score.kl_fp32:.2e}±{score.kl_fp32_error:.0e}",
         f"{score.kl_fp32 / stock.kl_fp32:.2f}",
         f"{score.flips:.1%}",
     )
