@@ -35,10 +35,11 @@ def require_comparable(runs: Sequence[RunFile], *, across_machines: bool) -> Non
         if other.kind is not first.kind:
             raise ComparisonError(f"{pair} are of different kinds: `{first.kind.value}` and `{other.kind.value}`")
         names = _SETTINGS[first.kind]
-        found = list(_differences(*({name: run.data.get(name) for name in names} for run in (first, other))))
+        settings, others_settings = ({name: run.data.get(name) for name in names} for run in (first, other))
+        found = list(_differences(settings, others_settings))
         if found:
             raise ComparisonError(f"{pair} were made with different settings: {'; '.join(found)}")
-        found = list(_differences(*(_machine(run) for run in (first, other))))
+        found = list(_differences(_machine(first), _machine(other)))
         if found and not across_machines:
             raise ComparisonError(
                 f"{pair} are from different machines: {'; '.join(found)}. With --across-machines bytes and quality are"

@@ -72,8 +72,9 @@ def draw(series: object, axis: Any) -> None:
 
 @draw.register
 def _memory(series: Memory, axis: Any) -> None:
-    for curve in series.curves:
-        axis.plot(curve.tokens, [held / MIB for held in curve.values], "o-", markersize=3, label=curve.name)
+    for index, curve in enumerate(series.curves):
+        width = 2 * (len(series.curves) - index)  # stock variants hold the same: the first shows behind the second
+        axis.plot(curve.tokens, [held / MIB for held in curve.values], "-", linewidth=width, label=curve.name)
     axis.set(title=caption(series), xlabel="tokens in the cache", ylabel="held, MiB", ylim=(0, None))
     axis.grid(visible=True, alpha=0.25)
     axis.legend(fontsize="small")
@@ -136,6 +137,8 @@ def _heat_map(series: HeatMap, axis: Any) -> None:
         cmap="viridis",
     )
     axis.set(title=caption(series), xlabel="decode step", ylabel="layer")
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.get_major_locator().set_params(integer=True)
     axis.figure.colorbar(image, ax=axis, label="bytes read, % of the layer's")
 
 
