@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     DEMO = "alignedkv demo"
     ATTENTION = "make bench"
     EVAL = "alignedkv eval"
+    CACHES = "alignedkv eval-caches"
     MODELS = "alignedkv bench-models"
 
 
@@ -29,6 +30,7 @@ _KNOWN_BY: Mapping[Kind, frozenset[str]] = {
     Kind.DEMO: frozenset({"comparisons", "quality"}),
     Kind.ATTENTION: frozenset({"plan", "cases"}),
     Kind.EVAL: frozenset({"scores", "nll_reference"}),
+    Kind.CACHES: frozenset({"language", "retrieval"}),
     Kind.MODELS: frozenset({"models", "settings"}),
 }
 """Entries that the JSON of this kind has, and no other."""

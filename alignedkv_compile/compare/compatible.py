@@ -14,6 +14,7 @@ _SETTINGS: Mapping[Kind, tuple[str, ...]] = {
     Kind.DEMO: ("model", "document", "settings"),
     Kind.ATTENTION: ("plan",),
     Kind.EVAL: ("model", "text_sha256", "settings"),
+    Kind.CACHES: ("model", "text_sha256", "settings"),
     Kind.MODELS: ("settings",),
 }
 """Entries of each kind of file that say what was run."""

@@ -12,6 +12,8 @@ from ..run_file import Kind, RunFile, RunFileError
 ALIGNED = "alignedkv"
 """Variants and methods of this package begin so in every file; ``stream`` and ``aligned`` are those of ``make bench``."""
 OURS_IN_BENCH = ("aligned", "stream")
+STOCK = "stock"
+"""The 16-bit cache of `alignedkv eval-caches`, whose other kinds of cache are all judged."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,18 @@ def _eval(data: Mapping[str, Any]) -> Iterator[Quantity]:
             if score[metric] is not None:
                 yield Quantity(subject, metric, (score[metric],), control)
         yield Quantity(subject, "top1", (1.0 - score["flips"],), control)
-    for entry in data.get("tasks", ()):
-        subject = f"{entry['task']} {entry['context']} {entry['method']}"
-        yield Quantity(subject, "score", (entry["score"],), not entry["method"].startswith(ALIGNED))
+
+
+def _caches(data: Mapping[str, Any]) -> Iterator[Quantity]:
+    for score in data["language"]:
+        subject, control = f"{score['context']} {score['kind']}", score["kind"] == STOCK
+        yield Quantity(subject, "held", (score["held"],), control)
+        yield Quantity(subject, "perplexity", (score["perplexity"],), control)
+        yield Quantity(subject, "kl_mean", (score["kl_fp32"],), control)
+        yield Quantity(subject, "top1", (1.0 - score["flips"],), control)
+    for score in data["retrieval"]:
+        subject = f"{score['task']} {score['context']} {score['kind']}"
+        yield Quantity(subject, "score", (score["right"] / score["questions"],), score["kind"] == STOCK)
 
 
 def _models(data: Mapping[str, Any]) -> Iterator[Quantity]:
@@ -100,5 +111,6 @@ _READERS: Mapping[Kind, Callable[[Mapping[str, Any]], Iterator[Quantity]]] = {
     Kind.DEMO: _demo,
     Kind.ATTENTION: _attention,
     Kind.EVAL: _eval,
+    Kind.CACHES: _caches,
     Kind.MODELS: _models,
 }

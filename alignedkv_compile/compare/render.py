@@ -23,8 +23,8 @@ def print_changes(changes: Sequence[Change], limits: Limits, console: Console, *
         console.print(_table(shown))
     worse = sum(change.verdict in FAILING for change in changes)
     judged = [change for change in changes if not change.quantity.control]
-    others = ", ".join(f"{METRICS[name].title} {limit:.3g}" for name, limit in _percent(limits).items())
-    allowed = f"{limits.default:.3%}".rstrip("0%").rstrip(".") + "%" + (f" ({others} %)" if others else "")
+    others = ", ".join(f"{name} {100 * limit:g}%" for name, limit in limits.by_metric.items())
+    allowed = f"{100 * limits.default:g}%" + (f" ({others})" if others else "")
     console.print(
         f"[{'red' if worse else 'green'}]{worse} of {len(judged)} figures worse[/] by more than {allowed},"
         f" {sum(change.verdict is Verdict.BETTER for change in changes)} better;"
@@ -33,10 +33,6 @@ def print_changes(changes: Sequence[Change], limits: Limits, console: Console, *
     )
     if any(change.verdict is Verdict.CONTROL for change in changes):
         console.print("[yellow]stock moved too: was the machine busy, or has torch changed?[/]", highlight=False)
-
-
-def _percent(limits: Limits) -> dict[str, float]:
-    return {name: 100 * limit for name, limit in limits.by_metric.items()}
 
 
 def _table(changes: Sequence[Change]) -> Table:

@@ -156,6 +156,6 @@ def _quality(series: Quality, axis: Any) -> None:
     values = [point.value for point in series.points if math.isfinite(point.value)]
     if values and min(values) > 0 and max(values) / min(values) >= 2:
         axis.set_yscale("log")
-    axis.set(title=caption(series), xlabel="bytes read, % of the cache", ylabel=series.label, xlim=(0, None))
+    axis.set(title=caption(series), xlabel=f"bytes {series.of}, % of the cache", ylabel=series.label, xlim=(0, None))
     axis.grid(visible=True, which="both", alpha=0.25)
     axis.legend(fontsize="small")

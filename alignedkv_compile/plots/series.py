@@ -67,7 +67,7 @@ class Point:
 
     Attributes:
         name: of the variant; points of one name are joined.
-        bytes: bytes read over the cache's own.
+        bytes: bytes read, or held, over the cache's own.
         value: the error.
         note: what stands beside the point (a tolerance, a context), or "".
     """
@@ -80,11 +80,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Quality:
-    """An error over bytes read."""
+    """An error over bytes.
+
+    Attributes:
+        title: context and the like.
+        label: the error.
+        points: one or more for each way of reading the cache.
+        of: what is done with the bytes.
+    """
 
     title: str
     label: str
     points: tuple[Point, ...]
+    of: str = "read"
 
 
 AnySeries = Memory | Latencies | HeatMap | Quality
@@ -217,6 +225,19 @@ def _eval(data: Mapping[str, Any]) -> Extract:
     return Extract(tuple(series))
 
 
+def _caches(data: Mapping[str, Any]) -> Extract:
+    series = [
+        Quality(
+            f"{context} tokens",
+            "KL(fp32 || kind of cache), mean, nats",
+            tuple(Point(s["kind"], s["bytes"], s["kl_fp32"]) for s in data["language"] if s["context"] == context),
+            "held",
+        )
+        for context in data["settings"]["contexts"]
+    ]
+    return Extract(tuple(series), tuple(f"{kind}: {reason}" for kind, reason in data["left_out"].items()))
+
+
 def _models(data: Mapping[str, Any]) -> Extract:
     found = [
         _demo(entry["result"], f"{entry['source']}, ")
@@ -232,5 +253,6 @@ _READERS: Mapping[Kind, Callable[[Mapping[str, Any]], Extract]] = {
     Kind.DEMO: _demo,
     Kind.ATTENTION: _attention,
     Kind.EVAL: _eval,
+    Kind.CACHES: _caches,
     Kind.MODELS: _models,
 }

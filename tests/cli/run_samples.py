@@ -114,11 +114,34 @@ def _eval() -> dict[str, Any]:
     scores = (_score("stock", None, 1.0, 1e-3), _score("alignedkv 1", 1.0, 0.4, 1e-3), _score("alignedkv 2", 2.0, 0.3, 2e-3))
     settings = EvalSettings(contexts=(512,), positions=32, tolerances=(1.0, 2.0))
     found = EvalResult(settings, "tiny", "0" * 64, MACHINE, {512: 2.0}, scores, (), ())
-    tasks = [
-        {"task": "needle", "context": 512, "method": name, "score": score}
-        for name, score in (("stock", 1.0), ("alignedkv 2", 0.9))
-    ]
-    return found.to_dict() | {"tasks": tasks}
+    return found.to_dict()
+
+
+def _caches() -> dict[str, Any]:
+    """The entries of `alignedkv eval-caches` that are read here."""
+    kinds = (("stock", 1.0, 1e-4, 10), ("8bit", 0.55, 2e-4, 9))
+    return {
+        "settings": {"model": "tiny", "contexts": [512]},
+        "model": "tiny",
+        "text_sha256": "0" * 64,
+        "environment": asdict(MACHINE),
+        "language": [
+            {
+                "kind": kind,
+                "context": 512,
+                "held": int(1e6 * share),
+                "bytes": share,
+                "perplexity": 7.4,
+                "kl_fp32": kl,
+                "flips": 0.01,
+            }
+            for kind, share, kl, _ in kinds
+        ],
+        "retrieval": [
+            {"kind": kind, "task": "needle", "context": 512, "questions": 10, "right": right} for kind, _, _, right in kinds
+        ],
+        "left_out": {"HF hqq 8-bit": "hqq is not installed"},
+    }
 
 
 def _attention() -> dict[str, Any]:
@@ -152,13 +175,19 @@ def _models() -> dict[str, Any]:
 
 
 def sample(kind: str) -> dict[str, Any]:
-    """What the JSON of a ``"demo"``, ``"eval"``, ``"attention"`` or ``"models"`` run holds."""
-    makers = {"demo": lambda: demo_result().to_dict(), "eval": _eval, "attention": _attention, "models": _models}
+    """What the JSON of a run holds; ``kind`` is one of :data:`KINDS`."""
+    makers = {
+        "demo": lambda: demo_result().to_dict(),
+        "eval": _eval,
+        "caches": _caches,
+        "attention": _attention,
+        "models": _models,
+    }
     found: dict[str, Any] = json.loads(json.dumps(makers[kind](), default=str))
     return found
 
 
-KINDS = ("demo", "eval", "attention", "models")
+KINDS = ("demo", "eval", "caches", "attention", "models")
 
 
 def write(data: dict[str, Any], path: Path) -> Path:

@@ -71,10 +71,8 @@ def test_each_metric_knows_its_better_direction(metric: str):
     ("kind", "expected"),
     [
         ("demo", {"ms", "first_token", "held", "bytes", "kl_mean", "kl_p99", "top1", "perplexity", "rewritten"}),
-        (
-            "eval",
-            {"bytes", "perplexity", "kl_mean", "kl_p99", "attention_error", "attention_p99", "added_rms", "top1", "score"},
-        ),
+        ("eval", {"bytes", "perplexity", "kl_mean", "kl_p99", "attention_error", "attention_p99", "added_rms", "top1"}),
+        ("caches", {"held", "perplexity", "kl_mean", "top1", "score"}),
         ("attention", {"call_ms", "error", "bytes"}),
         ("models", {"ms", "first_token", "held", "bytes", "kl_mean", "kl_p99", "top1", "perplexity", "rewritten"}),
     ],
@@ -122,9 +120,11 @@ def test_more_memory_bytes_and_flips_fail(folder: Folder):
     found = folder.compare(sample("eval"), flipped)
     assert found.exit_code == 1
     assert "same top-1" in found.output
-    retrieval = sample("eval")
-    retrieval["tasks"][1]["score"] = 0.5
-    assert "needle 512 alignedkv 2" in folder.compare(sample("eval"), retrieval).output
+    retrieval = sample("caches")
+    retrieval["retrieval"][1]["right"] = 5
+    found = folder.compare(sample("caches"), retrieval)
+    assert found.exit_code == 1
+    assert "needle 512 8bit" in found.output
     fewer = sample("demo")
     fewer["report"]["rewritten"] = 5
     assert folder.compare(demo, fewer).exit_code == 1

@@ -125,6 +125,16 @@ def test_an_evaluation_gives_its_sweep_as_one_curve(tmp_path: Path):
     assert len(found.series) == 3
 
 
+def test_kinds_of_caches_are_drawn_by_the_bytes_that_they_hold(tmp_path: Path):
+    found = extracted(sample("caches"), tmp_path)
+    (quality,) = found.series
+    assert isinstance(quality, Quality)
+    assert [(point.name, point.bytes, point.value) for point in quality.points] == [("stock", 1.0, 1e-4), ("8bit", 0.55, 2e-4)]
+    assert found.missing == ("HF hqq 8-bit: hqq is not installed",)
+    (axis,) = draw_all([("", quality)], "title").axes
+    assert axis.get_xlabel() == "bytes held, % of the cache"
+
+
 def test_models_that_were_not_measured_are_told(tmp_path: Path):
     found = extracted(sample("models"), tmp_path)
     assert "second: it is too short" in found.missing
