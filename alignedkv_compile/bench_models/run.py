@@ -44,8 +44,6 @@ def run_suite(
     for source in sources:
         console.print(f"[bold]{escape(source)}[/]", highlight=False)
         entry = _one(source, settings, dtype, console)
-        if entry.failed:
-            console.print(f"  [red]{escape(entry.failed)}[/]", highlight=False)
         found.append(entry)
         suite = SuiteResult(settings, str(dtype).removeprefix("torch."), describe(), tuple(found))
         done(suite)

@@ -34,15 +34,15 @@ NOTE = (
     "ms per token, medians. times best stock: how many times as fast as the faster of the two stock variants. bytes read: of"
     " what the live rows take in the cache's own dtype. held, MiB: cache of eager -> cache and all beside it. KL: to the same"
     " weights in fp32, mean in nats, eager -> alignedkv, at the longest context. rewritten: of the attention calls over a"
-    " cache, prefills aside."
+    " cache in all graphs, prefills aside."
 )
 
 
 def rows(suite: SuiteResult) -> Iterator[tuple[str, ...]]:
-    """Cells below :data:`HEADS`: a row for each model, context and cache class, or one that says why there is none."""
+    """Cells below :data:`HEADS`: a row for each model, context and cache class, or one that says that there is none."""
     for entry in suite.models:
         if entry.result is None:
-            yield (entry.source, f"not measured: {entry.failed}", *[""] * (len(HEADS) - 2))
+            yield (entry.source, "not measured", *[""] * (len(HEADS) - 2))
             continue
         for comparison in entry.result.comparisons:
             yield _row(entry.source, entry.result, comparison)
@@ -67,17 +67,20 @@ def _row(source: str, result: Result, comparison: Comparison) -> tuple[str, ...]
 
 
 def _divergence(eager: Quality, aligned: Quality) -> str:
-    return f"{eager.kl_mean:.2e} -> {aligned.kl_mean:.2e}"
+    return f"{eager.kl_mean:.1e} -> {aligned.kl_mean:.1e}"
 
 
 def print_table(suite: SuiteResult, console: Console) -> None:
     """Print the table."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=f"{machine(suite.environment)}\n{NOTE}")
+    caption = f"{machine(suite.environment)}\n{NOTE}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     for index, head in enumerate(HEADS):
-        table.add_column(head, justify="left" if index < 2 else "right", overflow="fold")
+        table.add_column(head.replace(" ", "\n"), justify="left" if index < 2 else "right", overflow="fold", no_wrap=index > 1)
     for row in rows(suite):
         table.add_row(*map(escape, row))
     console.print(table)
+    for entry in suite.failures:
+        console.print(f"[red]{escape(entry.source)}:[/] {escape(entry.failed)}", highlight=False)
 
 
 def write_markdown(suite: SuiteResult, path: Path) -> None:
@@ -92,6 +95,7 @@ def write_markdown(suite: SuiteResult, path: Path) -> None:
         *(_line(row) for row in rows(suite)),
         "",
         NOTE,
+        *(f"\nNot measured: {entry.source}: {' '.join(entry.failed.split())}" for entry in suite.failures),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

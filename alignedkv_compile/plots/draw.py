@@ -56,6 +56,10 @@ def caption(series: AnySeries) -> str:
     return f"{_WHAT[type(series)]}: {series.title}"
 
 
+def _title(series: AnySeries) -> str:
+    return caption(series).replace(": ", "\n", 1)
+
+
 _WHAT: dict[type, str] = {
     Memory: "memory over tokens",
     Latencies: "latency over context",
@@ -75,7 +79,7 @@ def _memory(series: Memory, axis: Any) -> None:
     for index, curve in enumerate(series.curves):
         width = 2 * (len(series.curves) - index)  # stock variants hold the same: the first shows behind the second
         axis.plot(curve.tokens, [held / MIB for held in curve.values], "-", linewidth=width, label=curve.name)
-    axis.set(title=caption(series), xlabel="tokens in the cache", ylabel="held, MiB", ylim=(0, None))
+    axis.set(title=_title(series), xlabel="tokens in the cache", ylabel="held, MiB", ylim=(0, None))
     axis.grid(visible=True, alpha=0.25)
     axis.legend(fontsize="small")
 
@@ -103,7 +107,7 @@ def _latencies(series: Latencies, axis: Any) -> None:
         axis.set_yscale("log")
     else:
         axis.set_ylim(0, None)
-    title = "\n".join([caption(series), *_crossings(series)])
+    title = "\n".join([_title(series), *_crossings(series)])
     axis.set(title=title, xlabel="tokens in the cache", ylabel=f"ms per {series.unit}")
     axis.grid(visible=True, which="both", alpha=0.25)
     axis.legend(fontsize="small", title="ms =" if lines else None)
@@ -136,7 +140,7 @@ def _heat_map(series: HeatMap, axis: Any) -> None:
         vmin=0,
         cmap="viridis",
     )
-    axis.set(title=caption(series), xlabel="decode step", ylabel="layer")
+    axis.set(title=_title(series), xlabel="decode step", ylabel="layer")
     for direction in (axis.xaxis, axis.yaxis):
         direction.get_major_locator().set_params(integer=True)
     axis.figure.colorbar(image, ax=axis, label="bytes read, % of the layer's")
@@ -156,6 +160,6 @@ def _quality(series: Quality, axis: Any) -> None:
     values = [point.value for point in series.points if math.isfinite(point.value)]
     if values and min(values) > 0 and max(values) / min(values) >= 2:
         axis.set_yscale("log")
-    axis.set(title=caption(series), xlabel=f"bytes {series.of}, % of the cache", ylabel=series.label, xlim=(0, None))
+    axis.set(title=_title(series), xlabel=f"bytes {series.of}, % of the cache", ylabel=series.label, xlim=(0, None))
     axis.grid(visible=True, which="both", alpha=0.25)
     axis.legend(fontsize="small")

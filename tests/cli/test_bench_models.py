@@ -101,7 +101,8 @@ def test_a_model_that_cannot_be_measured_does_not_keep_others_from_it(tmp_path: 
     }
     text = table.read_text()
     assert text.count(f"| {good} | 600, static |") == 1
-    assert f"| {short} | not measured: " in text
+    assert f"| {short} | not measured |" in text
+    assert f"Not measured: {short}: {short} was made for 512 tokens" in text
     assert "| 1 of 1 |" in text
     run = read_run(saved)
     assert {quantity.subject.split()[0] for quantity in quantities(run)} == {good}
@@ -114,7 +115,7 @@ def test_a_model_that_cannot_be_measured_does_not_keep_others_from_it(tmp_path: 
 def test_two_models_beside_torch_compile(tmp_path: Path):
     first, second = save(tmp_path / "first", layers=2), save(tmp_path / "second", "qwen3", layers=2)
     saved = tmp_path / "models.json"
-    found = bench(first, second, *FEW, "--caches", "static,dynamic", "--dtype", "float16", "--json", str(saved))
+    found = bench(first, second, *FEW, "--caches", "static,dynamic", "--json", str(saved))
     assert found.exit_code == 0, found.output
     entries = json.loads(saved.read_text())["models"]
     assert [[c["cache"] for c in entry["result"]["comparisons"]] for entry in entries] == [["static", "dynamic"]] * 2
@@ -140,14 +141,15 @@ def test_the_table_leads_with_the_gain_over_the_best_stock_choice(tmp_path: Path
     assert short["context, cache"] == "1000, static"
     assert (long["eager, ms"], long["torch.compile, ms"], long["alignedkv, ms"]) == ("40.0", "70.0", "18.0")
     assert long["times best stock"] == "2.22"
-    assert (short["KL"], long["KL"]) == ("", "4.00e-04 -> 5.00e-04")
+    assert (short["KL"], long["KL"]) == ("", "4.0e-04 -> 5.0e-04")
     assert long["rewritten"] == "6 of 6"
-    assert failed["context, cache"] == "not measured: it raised\nand said | so"
+    assert (failed["model"], failed["context, cache"]) == ("second", "not measured")
     write_markdown(suite("it raised\nand said | so"), tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
     cells = [line for line in lines if line.startswith("|")]
     assert len(cells) == 5
     assert {line.replace("\\|", "").count("|") for line in cells} == {len(HEADS) + 1}
+    assert lines[-1] == "Not measured: second: it raised and said | so"
     assert lines[0].startswith("A Processor, 2 cores, 2 threads, ATen AVX2, kernels avx2, torch 2.13.0")
 
 

@@ -86,7 +86,7 @@ def test_the_demo_gives_all_four_pictures(tmp_path: Path):
 def test_the_figure_shows_what_was_extracted(tmp_path: Path):
     found = extracted(sample("demo"), tmp_path)
     figure = draw_all([("", one) for one in found.series], "title")
-    axes = {axis.get_title().splitlines()[0]: axis for axis in figure.axes if axis.get_title()}
+    axes = {": ".join(axis.get_title().splitlines()[:2]): axis for axis in figure.axes if axis.get_title()}
     assert set(axes) == {
         "latency over context: static cache",
         "memory over tokens: static cache",
@@ -195,8 +195,8 @@ def test_the_page_needs_no_other_file(tmp_path: Path):
 def test_several_runs_are_told_apart_in_one_figure(tmp_path: Path):
     runs = [(name, extracted(sample("demo"), tmp_path).series[0]) for name in ("before", "after")]
     titles = [axis.get_title() for axis in draw_all(runs, "two").axes]
-    assert [title.splitlines()[:2] for title in titles] == [
-        [name, "latency over context: static cache"] for name in ("before", "after")
+    assert [title.splitlines()[:3] for title in titles] == [
+        [name, "latency over context", "static cache"] for name in ("before", "after")
     ]
 
 
