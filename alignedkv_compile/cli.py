@@ -10,7 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .bench_models.command import bench_models
+from .command_line import positive_list
+from .compare.command import compare
 from .demo.console import open_console
+from .plots.command import plot
 
 GATE_FAILED = 3
 """Exit status of ``alignedkv eval`` when a ``--fail-above`` limit is exceeded."""
@@ -21,16 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-def _positive_list(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 2048,7936") from None
-    if values[0] < 1:
-        raise typer.BadParameter(f"{values[0]} is not a positive number of tokens")
-    return values
 
 
 @app.command()
@@ -48,7 +42,7 @@ def demo(
     Under 15 minutes on 2 cores, under 5 with --quick; most of it is what torch.compile takes to compile. Measure on an
     otherwise idle machine.
     """
-    # Imported here so that `alignedkv --help` does not wait for torch.
+    # Imported here so that other commands do not wait for transformers.
     from .demo.model import DemoUnavailableError
     from .demo.result import QUICK, Settings
     from .demo.run import run
@@ -56,7 +50,7 @@ def demo(
     base = QUICK if quick else Settings()
     settings = dataclasses.replace(
         base,
-        contexts=base.contexts if contexts is None else _positive_list(contexts),
+        contexts=base.contexts if contexts is None else positive_list(contexts),
         tokens=base.tokens if tokens is None else tokens,
         positions=base.positions if positions is None else positions,
         tolerance=tolerance,
@@ -121,7 +115,7 @@ def evaluate(
         model=model,
         text=text,
         dtype=dtype,
-        contexts=_positive_list(contexts),
+        contexts=positive_list(contexts),
         positions=positions,
         tolerances=_tolerances(tolerances),
         compare=compare,
@@ -154,6 +148,10 @@ def env() -> None:
 
     typer.echo(json.dumps(dataclasses.asdict(describe()), indent=2))
 
+
+app.command("bench-models")(bench_models)
+app.command()(compare)
+app.command()(plot)
 
 if __name__ == "__main__":
     app()

@@ -12,7 +12,7 @@ from . import break_even, torch_private
 from .errors import OptionValueError, UnknownInductorOptionError, UnknownModeError, UnknownOptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-"""Inductor's modes that keep custom lowerings in use ("lite" sends every op to its eager kernel)."""
+"""Inductor's modes that keep custom lowerings in use: all but "lite", which sends every operator to its eager kernel."""
 
 UNIT_ROUNDOFF: Mapping[torch.dtype, float] = {
     torch.bfloat16: 2.0**-8,
@@ -38,7 +38,8 @@ class Options:
             the bound is computed from what was read, and :func:`alignedkv_compile.stats` shows it. Fewer bytes are saved.
         min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save. None is what
             pays on the device (:mod:`alignedkv_compile.break_even`): 512 rows on CPUs, more on GPUs where pairs are few.
-        strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is not rewritten.
+        strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is declined, and
+            let internal errors through. A long query that keeps stock attention by design is not declined.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
         accuracy: the dtype in whose rounding error ``tolerance`` is measured; None is the cache's own. With ``float16``, an
             fp32 model gets attention as accurate as fp16 arithmetic would make it.

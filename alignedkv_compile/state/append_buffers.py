@@ -18,7 +18,7 @@ from ..errors import CacheLengthError
 from ..layout import PLANES_STALE, ArenaLayout
 from .copies import MAX_CONSECUTIVE_COPIES
 from .live_rows import register_growing_layers
-from .stores import Builder
+from .stores import Builder, present
 from .tensor_identity import WeakPairMap, observe
 
 GROWTH = 1.2
@@ -150,6 +150,11 @@ class AppendBuffers:
         buffer.seen = observe(key_view, value_view)
         self._views.set(key_view, value_view, buffer)
         return key_view, value_view
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The buffer that a pair of views belongs to, and its planes."""
+        buffer = self._views.get(key, value)
+        return () if buffer is None else present(buffer.key, buffer.value, buffer.planes)
 
     def with_capacity(
         self, past_key: torch.Tensor, past_value: torch.Tensor, capacity: int

@@ -17,7 +17,7 @@ from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout
 from .append_buffers import AppendBuffer, AppendBuffers, with_room
 from .copies import CopyHistory, Look
-from .stores import Builder
+from .stores import Builder, present
 from .tensor_identity import WeakPairMap
 
 
@@ -77,6 +77,11 @@ class JoinedKeys:
         """Remember the cache as the call left it, the joined rows having been kept up with it."""
         joined.history.remember(latent, rope)
         self._joined.set(latent, rope, joined)
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The joined rows and their planes."""
+        joined = self._joined.get(key, value)
+        return () if joined is None else present(joined.rows, joined.planes)
 
     def _renew_planes(self, joined: Joined, planes: torch.Tensor, latent: torch.Tensor, *, worthwhile: bool) -> None:
         if worthwhile:

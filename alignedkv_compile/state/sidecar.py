@@ -179,6 +179,11 @@ class SidecarStore:
             sidecar.record(key, value)
         return sidecar
 
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The pair's planes, if there are any."""
+        sidecar = self._pairs.get(key, value)
+        return () if sidecar is None else (sidecar.planes,)
+
     def _is_alive(self, history: RebuildHistory) -> bool:
         """Whether the tensors that a history is about still exist."""
         return any(sidecar.history is history for sidecar in self._pairs)

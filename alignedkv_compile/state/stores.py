@@ -23,10 +23,18 @@ class Builder(Protocol):
         """
 
 
+def present(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Those that are there: planes are optional."""
+    return tuple(tensor for tensor in tensors if tensor is not None)
+
+
 class Store(Protocol):
     """State of one kind of cache."""
 
     def __init__(self, builder: Builder) -> None: ...
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is kept for a pair of cache tensors, with the buffers that they view; nothing for a pair that is not known."""
 
 
 AnyStore = TypeVar("AnyStore", bound=Store)
@@ -52,3 +60,9 @@ class Stores:
                 store = self._stores[kind] = kind(self._builder)
         assert isinstance(store, kind)
         return store
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors that any store keeps for a pair of cache tensors."""
+        with self._lock:
+            stores = list(self._stores.values())
+        return tuple(tensor for store in stores for tensor in store.beside(key, value))

@@ -17,7 +17,7 @@ import torch
 from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout, padded_rows
 from .copies import CopyHistory, Look
-from .stores import Builder
+from .stores import Builder, present
 from .tensor_identity import WeakPairMap
 
 
@@ -92,6 +92,11 @@ class Windows:
         window.move_to(window.end + new_rows)
         window.history.remember(key, value)
         self._windows.set(key, value, window)
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The window's rows and planes."""
+        window = self._windows.get(key, value)
+        return () if window is None else present(window.key, window.value, window.planes)
 
     def _create(self, key: torch.Tensor, value: torch.Tensor, capacity: int, with_planes: bool) -> Window:
         with torch_private.normal_tensors():
