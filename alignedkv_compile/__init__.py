@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import metrics as metrics
 from . import reference as reference  # gives the operators their eager meaning
 from .backend import alignedkv
 from .errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "Statistics",
     "LayerStatistics",
     "compact",
+    "metrics",
     "AlignedKVError",
     "CacheTypeError",
     "DeclinedError",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
+
+from .usage import CacheUsage
 
 
 class Builder(Protocol):
@@ -27,6 +30,9 @@ class Store(Protocol):
     """State of one kind of cache."""
 
     def __init__(self, builder: Builder) -> None: ...
+
+    def usage(self) -> Iterable[CacheUsage]:
+        """See :class:`.usage.UsageSource`."""
 
 
 AnyStore = TypeVar("AnyStore", bound=Store)
@@ -52,3 +58,8 @@ class Stores:
                 store = self._stores[kind] = kind(self._builder)
         assert isinstance(store, kind)
         return store
+
+    def usage(self) -> Iterator[CacheUsage]:
+        """What all stores hold."""
+        for store in list(self._stores.values()):
+            yield from store.usage()
