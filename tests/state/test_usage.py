@@ -9,7 +9,7 @@ import torch
 
 from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.metrics import names, read
-from alignedkv_compile.reference import quantize_on_write
+from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.state import usage
 from alignedkv_compile.state.append_buffers import AppendBuffers
 from alignedkv_compile.state.joined import JoinedKeys, LatentBuffers
@@ -24,7 +24,7 @@ class Builder:
 
     def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
         planes.zero_()
-        quantize_on_write(planes, key[:, :, :rows], value[:, :, :rows], torch.arange(rows), key.shape[2])
+        quantize_on_write.default(planes, key[:, :, :rows], value[:, :, :rows], torch.arange(rows), key.shape[2])
         planes[:8].view(torch.int64).fill_(1)
 
 
