@@ -24,6 +24,7 @@ from .errors import (
 )
 from .options import Options
 from .report import GraphReport, Report, report, reset_report
+from .shadow import ShadowCheck, on_shadow
 from .state.live_rows import compact
 from .statistics import LayerStatistics, Statistics, reset_stats, stats
 
@@ -43,6 +44,8 @@ __all__ = [
     "reset_stats",
     "Statistics",
     "LayerStatistics",
+    "on_shadow",
+    "ShadowCheck",
     "compact",
     "metrics",
     "AlignedKVError",

@@ -14,6 +14,7 @@ from .contract import CallSettings, Outcome, RewrittenGraph
 from .options import Options
 from .plane_builder import PLANE_BUILDER
 from .report import GraphReport
+from .shadow import Shadow
 from .state.stores import Stores
 from .state.usage import add_source
 from .statistics import GraphStatistics
@@ -54,6 +55,12 @@ class Runtime:
         settings = CallSettings(stores, options.assume_exclusive_cache, self._note)
         self._caches = [binding.bind(settings) for binding in graph.caches]
         self._statistics = GraphStatistics(graph, options.tolerance, report.function)
+        self._shadow: Shadow | None = None
+        if graph.shadow:
+            key, certified = self._statistics.key, options.certified
+            self._shadow = Shadow(
+                graph.shadow, options.shadow_every, key, report.name, options.tolerance, certified=certified
+            )
         reads = any(site.outcome is Outcome.REWRITTEN for site in graph.sites)
         self._timed = TimedGraph(str(self._statistics.key), "decode" if reads else "prefill")
 
@@ -80,11 +87,18 @@ class Runtime:
             for cache, one in zip(self._caches, held, strict=True):
                 cache.failed(one)
             raise
+        check = None
+        if self._shadow is not None:
+            returned = len(self._kept_outputs)
+            results, shadowed = results[:returned], results[returned:]
+            check = self._shadow.check(inputs, shadowed)
         outputs: list[object] = [None] * self._outputs
         for position, result in zip(self._kept_outputs, results, strict=True):
             outputs[position] = result
         for cache, one in zip(self._caches, held, strict=True):
             cache.after_call(one, args, outputs)
+        if check is not None and self._shadow is not None:
+            self._shadow.publish(check)
         return outputs
 
     def _note(self, text: str) -> None:

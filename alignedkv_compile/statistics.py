@@ -19,6 +19,7 @@ from .contract import RewrittenGraph
 from .counter_ledger import CounterLedger, GraphKey
 from .errors import StatisticsDisabledError
 from .ops import COUNTER_FIELDS
+from .shadow import SHADOW_LOG
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,11 @@ def _layers(graphs: Sequence[GraphStatistics]) -> Iterator[LayerStatistics]:
 
 
 def reset_stats() -> None:
-    """Set all counters and certificates to zero."""
+    """Set all counters and certificates to zero, and forget the shadow checks so far."""
     for graph in list(_ALL):
         graph.reset()
     _LEDGER.reset()
+    SHADOW_LOG.reset()
 
 
 def counter_totals() -> dict[GraphKey, list[list[int]]]:

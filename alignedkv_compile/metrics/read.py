@@ -18,6 +18,7 @@ from ..counter_ledger import GraphKey
 from ..ops import COUNTER_FIELDS
 from ..reasons import Reason
 from ..report import GraphReport, report
+from ..shadow import SHADOW_LOG, ShadowRecord
 from ..state.usage import CacheUsage, cache_usage
 from ..statistics import certificate_ratios, counter_totals
 from . import names
@@ -58,6 +59,7 @@ def read_samples() -> list[Sample]:
         *_compiled(report().graphs),
         *_counted(counter_totals()),
         *_certified(certificate_ratios()),
+        *_shadow(SHADOW_LOG.records()),
     ]
 
 
@@ -122,3 +124,15 @@ def _counted(totals: Mapping[GraphKey, list[list[int]]]) -> Iterator[Sample]:
 def _certified(ratios: Mapping[GraphKey, list[float]]) -> Iterator[Sample]:
     for key, sites in ratios.items():
         yield from (Sample(names.CERTIFICATE, (str(key), str(index)), ratio) for index, ratio in enumerate(sites))
+
+
+def _shadow(records: Mapping[GraphKey, ShadowRecord]) -> Iterator[Sample]:
+    for key, record in records.items():
+        yield Sample(names.SHADOW_CHECKS, (str(key),), record.checks)
+        by_layer = {
+            names.SHADOW_EXCEEDED: record.exceeded,
+            names.SHADOW_ERROR: record.last,
+            names.SHADOW_WORST: record.worst,
+        }
+        for metric, layers in by_layer.items():
+            yield from (Sample(metric, (str(key), str(layer)), value) for layer, value in sorted(layers.items()))

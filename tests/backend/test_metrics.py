@@ -22,8 +22,8 @@ from alignedkv_compile.statistics import counter_totals
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-OPTIONS = {"tolerance": 2.0, "stats": True, "min_context": 0}
-"""Those of all tests, so that they share compiled code."""
+OPTIONS = {"tolerance": 2.0, "stats": True, "min_context": 0, "accuracy": "bfloat16"}
+"""Those of all tests, so that they share compiled code; test_shadow.py has them too."""
 Value = Callable[..., float | None]
 
 
@@ -47,7 +47,7 @@ def graph_label() -> str:
 
 def test_counters_of_a_layer(steps: Any, value: Value) -> None:
     alignedkv_compile.reset_stats()
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     for _ in range(3):
         compiled(*inputs.next())
     graph, statistics = graph_label(), alignedkv_compile.stats()
@@ -62,7 +62,7 @@ def test_counters_of_a_layer(steps: Any, value: Value) -> None:
 
 def test_counters_outlive_their_graph(steps: Any, value: Value) -> None:
     alignedkv_compile.reset_stats()
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     compiled(*inputs.next())
     graph = graph_label()
     read = value(names.READ_BYTES.name, graph=graph, layer="0")
@@ -81,7 +81,7 @@ def test_counters_outlive_their_graph(steps: Any, value: Value) -> None:
 
 
 def test_a_static_cache(steps: Any, value: Value) -> None:
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     before = {name: value(name, kind="static") or 0 for name in ("alignedkv_caches", "alignedkv_cache_bytes")}
     for _ in range(12):
         compiled(*inputs.next())
@@ -90,12 +90,13 @@ def test_a_static_cache(steps: Any, value: Value) -> None:
     assert (value("alignedkv_plane_bytes", kind="static") or 0) > 0
     if not before["alignedkv_caches"]:
         assert value("alignedkv_cache_rows", kind="static") == 12
-        assert value("alignedkv_cache_utilisation_ratio", kind="static") == 12 / 96
+        assert value("alignedkv_cache_utilisation_ratio", kind="static") == 12 / 640
     del inputs
     gc.collect()
     assert (value("alignedkv_caches", kind="static") or 0) == before["alignedkv_caches"]
 
 
+@pytest.mark.slow
 def test_a_growing_cache_is_seen_between_calls_and_during_one(
     steps: Any, value: Value, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,10 +129,10 @@ def test_a_growing_cache_is_seen_between_calls_and_during_one(
 
 
 def test_sites_compilations_and_streamed_calls(steps: Any, value: Value) -> None:
-    compile_step(steps.declined)(*steps.inputs(96).next())
+    compile_step(steps.declined)(*steps.inputs(640).next())
     torch._dynamo.reset()
     with torch.inference_mode():
-        compile_step(steps.static)(*steps.inputs(96).next())
+        compile_step(steps.static)(*steps.inputs(640).next())
     assert value("alignedkv_sites", state="declined") == value("alignedkv_sites", state="rewritten") == 1
     assert value("alignedkv_sites", state="prefill") == 0
     assert value("alignedkv_declined_sites", reason="second-writer") == 1
@@ -143,7 +144,7 @@ def test_sites_compilations_and_streamed_calls(steps: Any, value: Value) -> None
 
 def test_certificates(steps: Any, value: Value) -> None:
     alignedkv_compile.reset_stats()
-    compiled, inputs = compile_step(steps.static, guarantee="worst_case", tolerance=8.0), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static, guarantee="worst_case", tolerance=8.0), steps.inputs(640)
     for _ in range(3):
         compiled(*inputs.next())
     worst = alignedkv_compile.stats().worst_certificate
@@ -152,7 +153,7 @@ def test_certificates(steps: Any, value: Value) -> None:
 
 
 def test_calls_are_timed_while_somebody_asks(steps: Any, value: Value) -> None:
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     compiled(*inputs.next(rows=20))
     for _ in range(2):
         compiled(*inputs.next())
@@ -168,7 +169,7 @@ def test_calls_are_timed_while_somebody_asks(steps: Any, value: Value) -> None:
 def test_without_metrics_no_call_looks_at_the_clock(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from alignedkv_compile import runtime
 
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     compiled(*inputs.next())
 
     def clock() -> float:
@@ -181,7 +182,7 @@ def test_without_metrics_no_call_looks_at_the_clock(steps: Any, monkeypatch: pyt
 
 def test_a_call_reads_no_counter(steps: Any, value: Value, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, reading a tensor is what would wait for the device."""
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     for _ in range(2):
         compiled(*inputs.next())
     args = inputs.next()
@@ -197,7 +198,7 @@ def test_a_call_reads_no_counter(steps: Any, value: Value, monkeypatch: pytest.M
 
 
 def test_scrapes_beside_calls(steps: Any, value: Value) -> None:
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     compiled(*inputs.next())
     stop, failures, seen = threading.Event(), list[BaseException](), list[float]()
 
@@ -220,7 +221,7 @@ def test_scrapes_beside_calls(steps: Any, value: Value) -> None:
 
 
 def test_the_server(steps: Any) -> None:
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     with metrics.start(0) as server:
         compiled(*inputs.next())
         with urllib.request.urlopen(server.url, timeout=30) as response:
@@ -259,7 +260,7 @@ def test_open_telemetry_has_the_same_numbers(steps: Any) -> None:
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
     instrumentation = metrics.instrument(provider)
-    compiled, inputs = compile_step(steps.static), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static), steps.inputs(640)
     for _ in range(2):
         compiled(*inputs.next())
     data = reader.get_metrics_data()

@@ -1,0 +1,63 @@
+"""What a shadow check compares: the operands and the result of every read, returned behind the graph's own outputs.
+
++ return (..., query, mask, result)          # one entry for each node that is no input already
+
+The reads themselves and all that follows them stay what they are, so the caller gets the same numbers as without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.fx import Node
+
+from alignedkv_compile.contract import ShadowRead, Where
+
+from .editor import GraphEditor
+
+_TENSORS = ("query", "key", "value", "mask", "sinks")
+
+
+def return_reads(editor: GraphEditor) -> tuple[Node, ...]:
+    """Have the graph return what its reads read and made, and what is no input of it; these outputs come last, in this order."""
+    used = (node for read in editor.reads.values() for node in (*_operands(read).values(), read))
+    added = tuple(dict.fromkeys(node for node in used if isinstance(node, Node) and node.op != "placeholder"))
+    output = editor.graph.output_node()
+    output.args = ((*output.args[0], *added),)  # type: ignore[misc]
+    return added
+
+
+def shadow_reads(editor: GraphEditor, inputs: Sequence[Node], added: Sequence[Node]) -> tuple[ShadowRead, ...]:
+    """Where a check finds each read's operands.
+
+    Args:
+        inputs: of the rewritten graph.
+        added: what :func:`return_reads` returned.
+    """
+    places = {node: Where(is_output=False, index=index) for index, node in enumerate(inputs)}
+    places.update({node: Where(is_output=True, index=index) for index, node in enumerate(added)})
+
+    def place(value: object) -> Where | None:
+        return places[value] if isinstance(value, Node) else None
+
+    reads = []
+    for site, read in editor.reads.items():
+        operands, choices = _operands(read), read.kwargs
+        length = operands["length"]
+        reads.append(
+            ShadowRead(
+                site=site,
+                result=places[read],
+                **{name: place(operands[name]) for name in _TENSORS},  # type: ignore[arg-type]
+                length=length if isinstance(length, int) else places[length],  # type: ignore[index]
+                scale=float(choices["scale"]),  # type: ignore[arg-type]
+                softcap=float(choices["softcap"]),  # type: ignore[arg-type]
+                unit_roundoff=float(choices["unit_roundoff"]),  # type: ignore[arg-type]
+            )
+        )
+    return tuple(reads)
+
+
+def _operands(read: Node) -> Mapping[str, object]:
+    query, key, value, _planes, mask, sinks = read.args
+    return dict(zip((*_TENSORS, "length"), (query, key, value, mask, sinks, read.kwargs["length"]), strict=True))
