@@ -45,8 +45,7 @@ class Options:
         assume_exclusive_cache: trust that nothing but compiled code writes a cache tensor made under
             ``torch.inference_mode()``. Such tensors count no versions, so a foreign write cannot be seen.
         shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
-            :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and on a GPU waits for the
-            device.
+            :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
         mode: one of :data:`MODES`, or None.
     """

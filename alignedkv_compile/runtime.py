@@ -58,9 +58,7 @@ class Runtime:
         self._shadow: Shadow | None = None
         if graph.shadow:
             key, certified = self._statistics.key, options.certified
-            self._shadow = Shadow(
-                graph.shadow, options.shadow_every, key, report.name, options.tolerance, certified=certified
-            )
+            self._shadow = Shadow(graph.shadow, options.shadow_every, key, report.name, options.tolerance, certified=certified)
         reads = any(site.outcome is Outcome.REWRITTEN for site in graph.sites)
         self._timed = TimedGraph(str(self._statistics.key), "decode" if reads else "prefill")
 

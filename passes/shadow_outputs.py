@@ -2,7 +2,8 @@
 
 + return (..., query, mask, result)          # one entry for each node that is no input already
 
-The reads themselves and all that follows them stay what they are, so the caller gets the same numbers as without.
+The reads themselves and all that follows them stay what they are, so the caller gets the same numbers as without. A read whose
+cache the graph writes once more behind it is not checked: the check looks at the cache when the call is over.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch.fx import Node
 from alignedkv_compile.contract import ShadowRead, Where
 
 from .editor import GraphEditor
+from .nodes import mutated_by
 
 _TENSORS = ("query", "key", "value", "mask", "sinks")
 
 
 def return_reads(editor: GraphEditor) -> tuple[Node, ...]:
-    """Have the graph return what its reads read and made, and what is no input of it; these outputs come last, in this order."""
-    used = (node for read in editor.reads.values() for node in (*_operands(read).values(), read))
+    """Have the graph return what its reads read and made, as far as that is no input; these outputs come last."""
+    used = (node for read in _checkable(editor).values() for node in (*_operands(read).values(), read))
     added = tuple(dict.fromkeys(node for node in used if isinstance(node, Node) and node.op != "placeholder"))
     output = editor.graph.output_node()
     output.args = ((*output.args[0], *added),)  # type: ignore[misc]
@@ -41,7 +43,7 @@ def shadow_reads(editor: GraphEditor, inputs: Sequence[Node], added: Sequence[No
         return places[value] if isinstance(value, Node) else None
 
     reads = []
-    for site, read in editor.reads.items():
+    for site, read in _checkable(editor).items():
         operands, choices = _operands(read), read.kwargs
         length = operands["length"]
         reads.append(
@@ -56,6 +58,23 @@ def shadow_reads(editor: GraphEditor, inputs: Sequence[Node], added: Sequence[No
             )
         )
     return tuple(reads)
+
+
+def _checkable(editor: GraphEditor) -> dict[int, Node]:
+    """The reads after which nothing writes what they have read."""
+    reads, checkable, written = set(editor.reads.values()), set[Node](), set[Node]()
+    for node in reversed(editor.graph.nodes):
+        written.update(map(_base, mutated_by(node)))
+        if node in reads and written.isdisjoint(map(_base, node.args[1:3])):  # type: ignore[arg-type]
+            checkable.add(node)
+    return {site: read for site, read in editor.reads.items() if read in checkable}
+
+
+def _base(node: Node) -> Node:
+    """What a chain of writes in place began with."""
+    while node.op != "placeholder" and (before := mutated_by(node)):
+        node = next(iter(before))
+    return node
 
 
 def _operands(read: Node) -> Mapping[str, object]:

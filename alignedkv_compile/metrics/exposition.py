@@ -14,8 +14,8 @@ from .names import Kind, Metric
 from .read import read_samples
 
 try:
-    from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
     from prometheus_client import REGISTRY as DEFAULT_REGISTRY
+    from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
     from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.metrics_core import Metric as Family
     from prometheus_client.registry import Collector
@@ -117,9 +117,7 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
 

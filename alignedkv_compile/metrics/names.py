@@ -1,7 +1,7 @@
-"""Every metric, once: name, kind, labels and meaning. Collectors, rules, board, ``alignedkv top`` and the documentation use these.
+"""Every metric, once: name, kind, labels and meaning. Collectors, rules, board, ``alignedkv top`` and the docs use them.
 
-Names follow Prometheus: a prefix, the unit at the end, ``_total`` for counters. ``graph`` is what a graph was traced from and its
-number of attention sites ("LlamaModel/30"), ``layer`` the order of a site in it.
+Names follow Prometheus: a prefix, the unit at the end, ``_total`` for counters. ``graph`` is what a graph was traced from and
+its number of attention sites ("LlamaModel/30"), ``layer`` the order of a site in it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ FULL_BYTES = Metric(
     "alignedkv_full_bytes_total", Kind.COUNTER, "Bytes that streaming the live rows would have read", ("graph", "layer"), STATS
 )
 LIVE_ROWS = Metric(
-    "alignedkv_live_rows_total", Kind.COUNTER, "Live rows met by reads, over batch entries and KV heads", ("graph", "layer"), STATS
+    "alignedkv_live_rows_total",
+    Kind.COUNTER,
+    "Live rows met by reads, over batch entries and KV heads",
+    ("graph", "layer"),
+    STATS,
 )
 ROWS = Metric(
     "alignedkv_rows_total",
@@ -93,11 +97,13 @@ CERTIFICATE = Metric(
     CERTIFIED,
 )
 
-SHADOW_CHECKS = Metric(
-    "alignedkv_shadow_checks_total", Kind.COUNTER, "Calls also computed from all bits", ("graph",), SHADOW
-)
+SHADOW_CHECKS = Metric("alignedkv_shadow_checks_total", Kind.COUNTER, "Calls also computed from all bits", ("graph",), SHADOW)
 SHADOW_EXCEEDED = Metric(
-    "alignedkv_shadow_exceeded_total", Kind.COUNTER, "Checked reads whose error was above the tolerance", ("graph", "layer"), SHADOW
+    "alignedkv_shadow_exceeded_total",
+    Kind.COUNTER,
+    "Checked reads whose error was above the tolerance",
+    ("graph", "layer"),
+    SHADOW,
 )
 SHADOW_ERROR = Metric(
     "alignedkv_shadow_error_ratio", Kind.GAUGE, "Error over tolerance in the last checked call", ("graph", "layer"), SHADOW

@@ -129,7 +129,7 @@ def _certified(ratios: Mapping[GraphKey, list[float]]) -> Iterator[Sample]:
 def _shadow(records: Mapping[GraphKey, ShadowRecord]) -> Iterator[Sample]:
     for key, record in records.items():
         yield Sample(names.SHADOW_CHECKS, (str(key),), record.checks)
-        by_layer = {
+        by_layer: dict[Metric, Mapping[int, float]] = {
             names.SHADOW_EXCEEDED: record.exceeded,
             names.SHADOW_ERROR: record.last,
             names.SHADOW_WORST: record.worst,

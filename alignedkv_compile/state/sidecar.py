@@ -108,7 +108,7 @@ class Sidecar:
 
 
 def _written_rows(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int | None:
-    """Rows of the first head that hold anything but zeros; waits for the device. None when the arena is another cache's size."""
+    """Rows of the first head that hold anything but zeros; waits for the device. None when the arena is of another size."""
     layout, rows = arena_layout(key, value), key.shape[2]
     if planes.numel() != layout.total:
         return None

@@ -1,6 +1,6 @@
 """Writes ``grafana-dashboard.json``: one board, whose panels are listed here as title, unit and queries.
 
-    python examples/monitoring/make_dashboard.py
+python examples/monitoring/make_dashboard.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -235,7 +236,7 @@ def test_the_server(steps: Any) -> None:
         assert family.samples or metric.needs
     assert "process_resident_memory_bytes" in families
     assert CALL_TIMES.observers == ()
-    with pytest.raises(OSError):
+    with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(server.url, timeout=30)
 
 

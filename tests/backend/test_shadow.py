@@ -114,15 +114,15 @@ def test_wrong_planes_are_found_counted_and_warned_of(
 
 
 def test_what_a_callback_raises_leaves_the_caches_right(steps: Any, checks: list[ShadowCheck]) -> None:
-    class Exceeded(Exception):
+    class ExceededError(Exception):
         pass
 
     def stop(check: ShadowCheck) -> None:
-        raise Exceeded(check.graph)
+        raise ExceededError(check.graph)
 
     compiled, inputs = compile_step(steps.static, shadow_every=1), filled(steps)
     remove = alignedkv_compile.on_shadow(stop)
-    with pytest.raises(Exceeded):
+    with pytest.raises(ExceededError):
         compiled(*inputs.next())
     remove()
     remove()

@@ -49,7 +49,8 @@ def test_the_documentation_has_every_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "module"), [("start(0)", "prometheus_client"), ("register()", "prometheus_client"), ("instrument()", "opentelemetry")]
+    ("call", "module"),
+    [("start(0)", "prometheus_client"), ("register()", "prometheus_client"), ("instrument()", "opentelemetry")],
 )
 def test_a_missing_client_is_named_and_the_package_imports_without_it(call: str, module: str) -> None:
     program = f"""

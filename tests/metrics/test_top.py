@@ -22,7 +22,10 @@ from alignedkv_compile.top.view import quantile, view
 GRAPH = "LlamaModel/2"
 LABELS = {
     names.INFO: [("1.2.3", "2.13.0")],
-    **dict.fromkeys((names.CACHES, names.CACHE_BYTES, names.PLANE_BYTES, names.COPY_BYTES), [("static",)]),
+    names.CACHES: [("static",)],
+    names.CACHE_BYTES: [("static",)],
+    names.PLANE_BYTES: [("static",)],
+    names.COPY_BYTES: [("static",)],
     names.CACHE_UTILISATION: [("static",)],
     names.SITES: [("rewritten",), ("declined",)],
     names.COMPILATIONS: [("LlamaModel", "rewritten")],
@@ -164,7 +167,7 @@ def test_what_may_be_left_out_of_an_address(typed: str, meant: str) -> None:
 
 @pytest.mark.parametrize("text", ["<html>", "python_info 1\n", ""])
 def test_something_else_is_refused(text: str) -> None:
-    with pytest.raises(EndpointError, match="http://there/metrics.*metrics.start"):
+    with pytest.raises(EndpointError, match=r"http://there/metrics.*metrics\.start"):
         parse(text, "http://there/metrics")
 
 

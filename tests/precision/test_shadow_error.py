@@ -48,15 +48,28 @@ def test_rounding_alone_is_no_error(dtype: torch.dtype) -> None:
     assert error(operands, exact(operands).to(dtype)) < 0.02
 
 
-@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "accuracy"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize(("ratio", "tolerance"), [(0.5, 2.0), (1.0, 2.0), (3.0, 2.0), (1.0, 0.0), (1.0, 8.0)])
-def test_a_known_error_is_found(dtype: torch.dtype, ratio: float, tolerance: float) -> None:
-    operands = read(dtype, queries=4)
-    truth = exact(operands)
+def test_a_known_error_is_found(dtype: torch.dtype, accuracy: torch.dtype, ratio: float, tolerance: float) -> None:
+    operands, roundoff = read(dtype, queries=4), UNIT_ROUNDOFF[accuracy]
+    off = with_error(exact(operands), ratio * (tolerance or 1.0) * float(KAPPA) * roundoff).to(dtype)
+    assert error(operands, off, tolerance=tolerance, unit_roundoff=roundoff) == pytest.approx(ratio, rel=0.08)
+
+
+def with_error(truth: torch.Tensor, relative: float) -> torch.Tensor:
+    """Noise of a norm relative to that of each row."""
     noise = torch.randn(truth.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    allowed = (tolerance or 1.0) * float(KAPPA) * UNIT_ROUNDOFF[dtype] * truth.norm(dim=-1, keepdim=True)
-    off = (truth + noise * ratio * allowed * DIM**-0.5).to(dtype)
-    assert error(operands, off, tolerance=tolerance) == pytest.approx(ratio, rel=0.08)
+    return truth + noise * (relative * truth.norm(dim=-1, keepdim=True) * DIM**-0.5)
+
+
+def test_large_errors_of_float32_are_found_beside_those_of_sums() -> None:
+    operands = read(torch.float32)
+    off = with_error(exact(operands), 100 * 2.0 * float(KAPPA) * 2.0**-24).float()
+    assert 10 < error(operands, off) < 100
 
 
 def test_a_certified_read_is_judged_by_its_worst_row() -> None:
@@ -67,6 +80,18 @@ def test_a_certified_read_is_judged_by_its_worst_row() -> None:
     assert error(operands, off.float(), certified=True) == pytest.approx(8.0, rel=0.02)
     expected = error(operands, off.float()) * float(KAPPA)
     assert expected == pytest.approx(8.0 / math.sqrt(2 * HEADS), rel=0.02), "an rms over all rows"
+
+
+def test_sums_in_another_order_are_no_error() -> None:
+    """They are off by several roundings of float32, as those of any kernel."""
+    operands = read(torch.float32)
+    operands["query"] = operands["query"] * 8
+    keys, values = (operands[name][:, :, :LENGTH].repeat_interleave(HEADS // KV_HEADS, 1) for name in ("key", "value"))
+    other = torch.nn.functional.scaled_dot_product_attention(
+        operands["query"], keys.flip(2), values.flip(2), scale=operands["scale"]
+    )
+    assert not torch.equal(other, exact(operands).float())
+    assert error(operands, other) < 1
 
 
 @pytest.mark.parametrize("queries", [1, 3])

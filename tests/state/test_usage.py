@@ -103,8 +103,7 @@ def test_a_cache_in_two_stores_is_counted_once(monkeypatch: pytest.MonkeyPatch) 
     usage.add_source(stores)
     stores.of(SidecarStore).before_call(key, value)
     stores.of(Windows).before_call(key, value, 1, with_planes=False, trust_unversioned=False)
-    kept = [store for store in stores.usage()]
-    assert {one.kind for one in kept} == {"static"}, "nobody holds the window of a call that never ended"
+    assert {one.kind for one in stores.usage()} == {"static"}, "nobody holds the window of a call that never ended"
     held = stores.of(Windows).before_call(key, value, 1, with_planes=False, trust_unversioned=False)
     found = {(one.metric, one.labels): one.value for one in read.read_samples()}
     assert held.address == key.data_ptr()
