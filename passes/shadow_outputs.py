@@ -65,7 +65,7 @@ def _checkable(editor: GraphEditor) -> dict[int, Node]:
     reads, checkable, written = set(editor.reads.values()), set[Node](), set[Node]()
     for node in reversed(editor.graph.nodes):
         written.update(map(_base, mutated_by(node)))
-        if node in reads and written.isdisjoint(map(_base, node.args[1:3])):  # type: ignore[arg-type]
+        if node in reads and written.isdisjoint(map(_base, node.args[1:3])):
             checkable.add(node)
     return {site: read for site, read in editor.reads.items() if read in checkable}
 
