@@ -143,6 +143,7 @@ def test_sites_compilations_and_streamed_calls(steps: Any, value: Value) -> None
     assert value("alignedkv_streamed_calls_total", reason="rebuild-failed") == 0
 
 
+@pytest.mark.slow
 def test_certificates(steps: Any, value: Value) -> None:
     alignedkv_compile.reset_stats()
     compiled, inputs = compile_step(steps.static, guarantee="worst_case", tolerance=8.0), steps.inputs(640)
