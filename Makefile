@@ -85,7 +85,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/alignedkv_compile/evaluate $(CURDIR)/alignedkv_compile/bench_models $(CURDIR)/alignedkv_compile/compare $(CURDIR)/alignedkv_compile/plots $(CURDIR)/alignedkv_compile/state $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
+	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/alignedkv_compile/evaluate $(CURDIR)/alignedkv_compile/bench_models $(CURDIR)/alignedkv_compile/cache $(CURDIR)/alignedkv_compile/compare $(CURDIR)/alignedkv_compile/metrics $(CURDIR)/alignedkv_compile/plots $(CURDIR)/alignedkv_compile/state $(CURDIR)/alignedkv_compile/top $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
 	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel:../../tests/zoo ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py ../../tests/zoo/zoo*.py
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .bench_models.command import bench_models
 from .command_line import positive_list
@@ -139,6 +140,32 @@ def evaluate(
             console.print(f"results: {written}")
     if result.violations:
         raise typer.Exit(GATE_FAILED)
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Where the process serves its metrics, e.g. localhost:9464.")] = "localhost:9464",
+    once: Annotated[bool, typer.Option("--once", help="Print one view of all since the process began, then end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Watch a running process: memory of its caches, bytes read, latency, layers.
+
+    The process serves its metrics with alignedkv_compile.metrics.start(9464). Ctrl-C ends the view.
+    """
+    from .errors import AlignedKVError
+
+    try:
+        from .top.run import show_live, show_once
+
+        if once:
+            show_once(url, open_console())
+        else:
+            show_live(url, interval, open_console())
+    except AlignedKVError as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
 
 
 @app.command()

@@ -45,6 +45,8 @@ class Options:
             fp32 model gets attention as accurate as fp16 arithmetic would make it.
         assume_exclusive_cache: trust that nothing but compiled code writes a cache tensor made under
             ``torch.inference_mode()``. Such tensors count no versions, so a foreign write cannot be seen.
+        shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
+            :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
         mode: one of :data:`MODES`, or None.
     """
@@ -56,6 +58,7 @@ class Options:
     stats: bool = False
     accuracy: torch.dtype | None = None
     assume_exclusive_cache: bool = False
+    shadow_every: int = 0
     inductor: Mapping[str, object] = field(default_factory=dict, hash=False)
     mode: str | None = None
 
@@ -119,6 +122,12 @@ def _row_count(name: str, value: object) -> int | None:
     return value
 
 
+def _call_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionValueError(name, value, "an int >= 0: one call in so many is checked, 0 for none")
+    return value
+
+
 def _guarantee(name: str, value: object) -> str:
     if value not in GUARANTEES:
         raise OptionValueError(name, value, " or ".join(map(repr, GUARANTEES)))
@@ -161,6 +170,7 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "stats": _flag,
     "accuracy": _accuracy,
     "assume_exclusive_cache": _flag,
+    "shadow_every": _call_count,
     "inductor": _inductor,
 }
 

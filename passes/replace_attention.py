@@ -37,6 +37,9 @@ class AlignmentOptions(Protocol):
     @property
     def cuda_graphs(self) -> bool: ...
 
+    @property
+    def shadow_every(self) -> int: ...
+
     def unit_roundoff(self, dtype: torch.dtype) -> float: ...
 
 
@@ -205,6 +208,7 @@ def replace_attention(
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )
+        editor.reads[site.index] = result
         result = result if reads.finish is None else reads.finish(result)
         if site.key.repeats.tiled:
             result = _heads_swapped(result, 1, tiles[::-1], editor)

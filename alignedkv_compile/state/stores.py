@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
+
+from .usage import CacheUsage
 
 
 class Builder(Protocol):
@@ -35,6 +38,8 @@ class Store(Protocol):
 
     def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is kept for a pair of cache tensors, with the buffers that they view; nothing for a pair that is not known."""
+    def usage(self) -> Iterable[CacheUsage]:
+        """See :class:`.usage.UsageSource`."""
 
 
 AnyStore = TypeVar("AnyStore", bound=Store)
@@ -66,3 +71,7 @@ class Stores:
         with self._lock:
             stores = list(self._stores.values())
         return tuple(tensor for store in stores for tensor in store.beside(key, value))
+    def usage(self) -> Iterator[CacheUsage]:
+        """What all stores hold."""
+        for store in list(self._stores.values()):
+            yield from store.usage()

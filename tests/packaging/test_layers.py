@@ -25,7 +25,8 @@ MAY_NOT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("contract", "reasons", "report", "logs", "statistics"), ("passes", "lowering", "runtime", "backend")),
     "state": ("passes", "lowering", "contract", "plane_builder", "runtime", "backend"),
     "plane_builder": ("passes", "runtime", "backend"),
-    "runtime": ("passes", "backend"),
+    "runtime": ("passes", "backend", "metrics"),
+    "metrics": ("passes", "lowering", "runtime", "backend"),
     "lowering": ("passes", "reference", "backend", "runtime"),
     "passes": ("lowering", "reference", "plane_builder", "runtime", "backend"),
 }
