@@ -28,7 +28,7 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
 
-.PHONY: help venv demo demo-quick eval docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-gpu sweep-gpu gpu-codegen zoo clean
+.PHONY: help venv demo demo-quick eval docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,9 @@ bench-quick: $(STAMP)  ## one context, two shapes
 
 bench-rows: $(STAMP)  ## one layer by the number of query rows, against stock (about 3 minutes)
 	$(BIN)/python benchmarks/query_rows.py --json results/query-rows.json $(BENCH_ARGS)
+
+bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)
+	$(BIN)/python benchmarks/storages.py --json results/storages.json $(BENCH_ARGS)
 
 bench-gpu:  ## the operator and a model on this machine's GPU, under 5 minutes; nothing is installed: GPU_PYTHON has torch
 	$(GPU_PYTHON) benchmarks/gpu.py --json results/gpu.json $(BENCH_ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -20,6 +20,9 @@ UNIT_ROUNDOFF: Mapping[torch.dtype, float] = {
     torch.float32: 2.0**-24,
 }
 """Largest relative error of rounding to nearest, by dtype; the keys are the dtypes that a cache may have."""
+
+MEMORIES = ("beside", "planes")
+"""Where planes may be: beside the cache of the model, or in the place of one only."""
 
 GUARANTEES = ("expected", "worst_case")
 """What ``tolerance`` may be: a mean over many outputs, or a bound on every one."""
@@ -45,6 +48,9 @@ class Options:
             fp32 model gets attention as accurate as fp16 arithmetic would make it.
         assume_exclusive_cache: trust that nothing but compiled code writes a cache tensor made under
             ``torch.inference_mode()``. Such tensors count no versions, so a foreign write cannot be seen.
+        memory: ``"beside"`` keeps planes next to the caches of transformers, which takes half as much memory again. With
+            ``"planes"`` only an :class:`alignedkv_compile.Cache`, whose storage they are, is read from planes; every bit of
+            other caches is read, and nothing is kept for it.
         shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
             :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
@@ -58,6 +64,7 @@ class Options:
     stats: bool = False
     accuracy: torch.dtype | None = None
     assume_exclusive_cache: bool = False
+    memory: str = "beside"
     shadow_every: int = 0
     inductor: Mapping[str, object] = field(default_factory=dict, hash=False)
     mode: str | None = None
@@ -73,6 +80,11 @@ class Options:
     def least_context(self, device: torch.device, pairs: int) -> int:
         """``min_context``, or what pays on ``device`` with ``pairs`` of KV heads and batch entries when none was asked for."""
         return break_even.least_context(device, pairs) if self.min_context is None else self.min_context
+
+    @property
+    def without_planes(self) -> Options:
+        """The same for a cache that no planes may be kept for."""
+        return self if self.memory == "beside" else replace(self, tolerance=0.0)
 
     @property
     def certified(self) -> bool:
@@ -134,6 +146,12 @@ def _guarantee(name: str, value: object) -> str:
     return str(value)
 
 
+def _memory(name: str, value: object) -> str:
+    if value not in MEMORIES:
+        raise OptionValueError(name, value, " or ".join(map(repr, MEMORIES)))
+    return str(value)
+
+
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise OptionValueError(name, value, "True or False")
@@ -165,6 +183,7 @@ def _inductor(name: str, value: object) -> Mapping[str, object]:
 _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "tolerance": _tolerance,
     "guarantee": _guarantee,
+    "memory": _memory,
     "min_context": _row_count,
     "strict": _flag,
     "stats": _flag,

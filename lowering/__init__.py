@@ -1,6 +1,7 @@
-"""Inductor lowerings of the three operators: Python decides (shapes, constants, instruction set), Jinja templates compute.
+"""Inductor lowerings of the seven operators, all but the copy: Python decides (shapes, constants, instruction set), Jinja
+templates compute.
 
-``quantize.py`` turns the write into a kernel from ``templates/``, ``attention.py`` the aligned and the certified read;
+``quantize.py`` turns those that move rows into kernels from ``templates/``, ``attention.py`` those that attend to them;
 ``cpp_kernel.py`` is the Inductor buffer and kernel that carry a template; ``isa.py`` chooses the instruction set, for each of
 which ``simd/`` has a header. For GPUs they hand over to ``triton/``.
 """

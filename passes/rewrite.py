@@ -17,7 +17,7 @@ from .caches.kind import Positions, RewrittenPair
 from .editor import GraphEditor
 from .nodes import fake
 from .records import Pairing
-from .replace_attention import AlignmentOptions, StatisticsInputs, query_heads
+from .replace_attention import AlignmentOptions, StatisticsInputs, options_for, query_heads
 from .shadow_outputs import return_reads, shadow_reads
 
 
@@ -76,7 +76,10 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     editor = GraphEditor(module)
     heads = _query_heads(pairing, sites)
     statistics = _statistics_inputs(editor, pairing, heads, options)
-    rewritten = [pair.rewrite(number, editor, options, statistics) for number, pair in enumerate(pairing.pairs)]
+    rewritten = [
+        pair.rewrite(number, editor, options_for(pair.sites[0], options), statistics)
+        for number, pair in enumerate(pairing.pairs)
+    ]
     pairs = tuple(pair for pair in rewritten if pair is not None)
     shadowed = return_reads(editor) if options.shadow_every else ()
     return Rewriting(editor, inputs, outputs, pairs, statistics, heads, shadowed)

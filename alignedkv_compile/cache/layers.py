@@ -19,6 +19,7 @@ from ..errors import CacheRowsError
 from ..layout import MAX_HEAD_DIM, SCORE_GROUP, ArenaLayout
 from ..storage import STORAGES
 from . import rows
+from .usage import USAGE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,6 +47,11 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch_size = self.num_heads = self.k_head_dim = self.v_head_dim = 0
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+        USAGE.watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        USAGE.watch(self)
 
     @property
     @abc.abstractmethod

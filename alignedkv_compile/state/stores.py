@@ -38,6 +38,7 @@ class Store(Protocol):
 
     def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is kept for a pair of cache tensors, with the buffers that they view; nothing for a pair that is not known."""
+
     def usage(self) -> Iterable[CacheUsage]:
         """See :class:`.usage.UsageSource`."""
 
@@ -71,6 +72,7 @@ class Stores:
         with self._lock:
             stores = list(self._stores.values())
         return tuple(tensor for store in stores for tensor in store.beside(key, value))
+
     def usage(self) -> Iterator[CacheUsage]:
         """What all stores hold."""
         for store in list(self._stores.values()):

@@ -41,6 +41,7 @@ class PackedKind:
     """K and V that come out of an arena."""
 
     name = "packed"
+    holds_planes = True
     uncertifiable = (
         "a cache made of planes holds no other copy of its rows for a certified read to take; use a cache of transformers with"
         " guarantee='worst_case'"

@@ -14,6 +14,7 @@ from twins import (
     ALIGNED,
     EVERY_BIT,
     SUMMATION,
+    Rewriting,
     Twins,
     assert_same,
     generate,
@@ -135,3 +136,16 @@ def test_a_long_question_is_attended_as_it_is_at_hand() -> None:
         twins.ours(prompt(20), past_key_values=cache)
         twins.ours(prompt(20, seed=6), past_key_values=cache)
     assert twins.backend.calls[ALIGNED][Outcome.PREFILL] == 1
+
+
+def test_memory_planes_keeps_nothing_beside_other_caches() -> None:
+    model = llama()
+    backend = Rewriting({"planes": {"memory": "planes", "accuracy": "bfloat16", "min_context": 0}})
+    twins = Twins(model, backend)
+    for cache, aligned in ((DynamicCache(config=model.config), False), (cache_for(model, "8bit", "growing"), True)):
+        with torch.no_grad():
+            twins.ours(prompt(20), past_key_values=cache)
+            twins.ours(prompt(1, seed=6), past_key_values=cache)
+        (site,) = backend.graphs[-1]["planes"].sites
+        assert site.outcome is Outcome.REWRITTEN
+        assert ("memory='planes'" in site.reason) is not aligned
