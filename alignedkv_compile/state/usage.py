@@ -15,7 +15,8 @@ class CacheUsage:
     """Memory and rows of one pair of caches: K and V of one layer.
 
     Attributes:
-        kind: what is kept for it: "static", "dynamic", "window", "latent", "latent_dynamic", the name of a packed cache's storage, or what a further source says.
+        kind: what is kept for it: "static", "dynamic", "window", "latent", "latent_dynamic", the name of a packed cache's
+            storage, or what a further source says.
         address: of its first tensor; records of one address are about one cache.
         cache_bytes: of K and V themselves, room that is not used included.
         plane_bytes: of their planes.
