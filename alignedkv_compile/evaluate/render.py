@@ -38,14 +38,25 @@ def tables(result: Result) -> tuple[Rows, ...]:
 def print_result(result: Result, console: Console) -> None:
     """Print every table, then the gates that failed."""
     for rows in tables(result):
-        table = Table(title=rows.title, caption=rows.note or None, box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, head in enumerate(rows.heads):
-            table.add_column(head, justify="right" if index else "left", no_wrap=index == 0)
-        for row in rows.rows:
-            table.add_row(*row)
-        console.print(table)
+        print_rows(rows, console)
     for line in result.violations:
         console.print(f"[red]above the limit:[/] {line}", highlight=False)
+
+
+def print_rows(rows: Rows, console: Console) -> None:
+    """Print one table, its first column left-aligned."""
+    table = Table(title=rows.title, caption=rows.note or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, head in enumerate(rows.heads):
+        table.add_column(head, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown(rows: Rows) -> str:
+    """One table in Markdown, its note below."""
+    lines = [rows.heads, tuple("---" for _ in rows.heads), *rows.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (f"\n\n{rows.note}\n" if rows.note else "\n")
 
 
 def _quality(result: Result, context: int, scores: Sequence[Score]) -> Rows:

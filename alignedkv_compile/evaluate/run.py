@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from ..demo.environment import describe
 from ..demo.model import LoadedModel
@@ -16,6 +16,7 @@ from .errors import EvaluationError
 from .gates import Gate, violations
 from .loading import load_model
 from .methods import Aligned, Method, Stock, load_methods
+from .progress import progress_bars
 from .reference_pass import Reference, compute_reference
 from .result import Result, Settings
 from .scores import Score, score
@@ -50,7 +51,7 @@ def evaluate(
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise EvaluationError(f"two methods have the same name: {', '.join(names)}")
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("loading the model", total=1)
         loaded = load(settings.model, DTYPES[settings.dtype])
         progress.advance(task)
@@ -113,8 +114,3 @@ def _score_all(
             exact = reference.log_probabilities[context]
             found.append(score(method.name, context, tolerance, log_probabilities, reading, exact, stock, targets))
     return found
-
-
-def _progress(console: Console) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
