@@ -8,9 +8,8 @@ Variants take turns token by token, over one model, one cache and, but for the s
     off        counters (stats) but nobody registered: the baseline
     on         metrics registered: each call is timed
     scraped    a scrape begins with the token, in another thread: what one token in some hundreds meets
-    returned   a graph for shadow checks, in calls that are not checked
+    returned   a graph for shadow checks, in a call that is not checked
     checked    the same graph, in a call that is
-    no stats   a graph without counters
 
 The direct costs, which the noise between tokens hides, are timed alone: what a timed call adds, and a scrape.
 """
@@ -37,9 +36,9 @@ from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.document import long_document
 from alignedkv_compile.demo.environment import describe
 from alignedkv_compile.demo.model import load_smollm2
+from alignedkv_compile.demo.prefill import prefill
 
-NEVER = 1 << 40
-"""A graph that is made for shadow checks, but whose turn never comes."""
+SHADOW_EVERY = 10
 DIRECT_CALLS = 20_000
 
 
@@ -49,24 +48,20 @@ class Decoder:
     def __init__(self, context: int, rounds: int) -> None:
         loaded = load_smollm2()
         self.model = loaded.model
-        self.prompt = long_document(loaded.tokenizer, context).tokens
-        self.capacity = context + 8 * rounds + 64
-        self.token = self.prompt[:, -1:]
+        tokens = long_document(loaded.tokenizer, context + 1).tokens
+        self.past, _ = prefill(self.model, tokens[:, :-1], reference_rows=1)
+        self.context, self.capacity = context, context + 8 * rounds + 64
+        self.token = tokens[:, -1:]
 
     def graph(self, **options: Any) -> Callable[[], None]:
         """Decodes one token through a graph compiled with these options, which has run a few times already."""
-        from transformers import StaticCache
-
-        cache = StaticCache(config=self.model.config, max_cache_len=self.capacity)
-        for chunk in self.prompt.split(512, 1):
-            self.model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
-        torch._dynamo.reset()
+        cache = self.past.static_cache(self.context, self.capacity)
         compiled = torch.compile(self.model.forward, backend="alignedkv", options={"strict": True, **options})
 
         def step() -> None:
             compiled(input_ids=self.token, past_key_values=cache)
 
-        for _ in range(4):
+        for _ in range(SHADOW_EVERY):
             step()
         return step
 
@@ -77,10 +72,10 @@ def milliseconds(function: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def measure_tokens(decoder: Decoder, registry: CollectorRegistry, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every token, by variant."""
+def measure(decoder: Decoder, registry: CollectorRegistry, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Milliseconds of every token, by variant; and the direct costs, while the caches are there."""
     counted = decoder.graph(stats=True)
-    plain, returned, checked = decoder.graph(), decoder.graph(stats=True, shadow_every=NEVER), decoder.graph(shadow_every=1)
+    shadowed = decoder.graph(stats=True, shadow_every=SHADOW_EVERY)
 
     def registered(function: Callable[[], object]) -> float:
         registration = metrics.register(registry)
@@ -99,20 +94,19 @@ def measure_tokens(decoder: Decoder, registry: CollectorRegistry, rounds: int) -
         "off": lambda: milliseconds(counted),
         "on": lambda: registered(counted),
         "scraped": lambda: registered(scraped),
-        "returned": lambda: milliseconds(returned),
-        "no stats": lambda: milliseconds(plain),
+        "returned": lambda: milliseconds(shadowed),
     }
     times: dict[str, list[float]] = {name: [] for name in (*variants, "checked")}
     names = list(variants)
-    for turn in range(rounds):
+    for turn in range(1, rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(variants[name]())
-    times["checked"] = [milliseconds(checked) for _ in range(5)]
-    return times
+            is_checked = name == "returned" and turn % SHADOW_EVERY == 0
+            times["checked" if is_checked else name].append(variants[name]())
+    return times, measure_directly(registry)
 
 
 def measure_directly(registry: CollectorRegistry) -> dict[str, float]:
-    """Microseconds that a timed call adds, and milliseconds of a scrape, with the model's caches and counters in place."""
+    """Microseconds that a timed call adds, and milliseconds of a scrape."""
     registration = metrics.register(registry)
     (observe,), graph = CALL_TIMES.observers, TimedGraph("LlamaModel/30", "decode")
     started = time.perf_counter()
@@ -127,14 +121,13 @@ def measure_directly(registry: CollectorRegistry) -> dict[str, float]:
 
 def main(
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Tokens of each variant.")] = 100,
+    rounds: Annotated[int, typer.Option(min=SHADOW_EVERY, help="Tokens of each variant.")] = 100,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
 ) -> None:
     """Decode with and without, and print medians and differences."""
     console, registry = open_console(), CollectorRegistry()
     with torch.no_grad():
-        times = measure_tokens(Decoder(context, rounds), registry, rounds)
-    direct = measure_directly(registry)
+        times, direct = measure(Decoder(context, rounds), registry, rounds)
     medians = {name: statistics.median(found) for name, found in times.items()}
     table = Table(title=f"SmolLM2-135M, bf16, after {context} tokens, StaticCache")
     for column in ("variant", "median ms", "to off", "fastest ms"):
