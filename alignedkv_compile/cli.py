@@ -176,13 +176,13 @@ def evaluate_caches(
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16", param_hint="--dtype")
     base = FULL if full else CacheSettings()
-    lengths = base.retrieval_contexts if retrieval is None else () if retrieval == "none" else _positive_list(retrieval)
+    lengths = base.retrieval_contexts if retrieval is None else () if retrieval == "none" else positive_list(retrieval)
     settings = dataclasses.replace(
         base,
         model=model,
         text=text,
         dtype=dtype,
-        contexts=base.contexts if contexts is None else _positive_list(contexts),
+        contexts=base.contexts if contexts is None else positive_list(contexts),
         retrieval_contexts=lengths,
         positions=base.positions if positions is None else positions,
         kinds=None if kind is None else tuple(kind),

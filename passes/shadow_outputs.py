@@ -3,7 +3,8 @@
 + return (..., query, mask, result)          # one entry for each node that is no input already
 
 The reads themselves and all that follows them stay what they are, so the caller gets the same numbers as without. A read whose
-cache the graph writes once more behind it is not checked: the check looks at the cache when the call is over.
+cache the graph writes once more behind it is not checked: the check looks at the cache when the call is over. Nor is the read
+of an arena that is the cache, beside which there are no K and V to compare with.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Node
 
 from alignedkv_compile.contract import ShadowRead, Where
+from alignedkv_compile.ops import packed_read_attention
 
 from .editor import GraphEditor
 from .nodes import mutated_by
 
+_PACKED = (packed_read_attention.default, packed_read_attention.counted)
 _TENSORS = ("query", "key", "value", "mask", "sinks")
 
 
@@ -61,11 +64,11 @@ def shadow_reads(editor: GraphEditor, inputs: Sequence[Node], added: Sequence[No
 
 
 def _checkable(editor: GraphEditor) -> dict[int, Node]:
-    """The reads after which nothing writes what they have read."""
+    """The reads of cache tensors after which nothing writes what they have read."""
     reads, checkable, written = set(editor.reads.values()), set[Node](), set[Node]()
     for node in reversed(editor.graph.nodes):
         written.update(map(_base, mutated_by(node)))
-        if node in reads and written.isdisjoint(map(_base, node.args[1:3])):
+        if node in reads and node.target not in _PACKED and written.isdisjoint(map(_base, node.args[1:3])):
             checkable.add(node)
     return {site: read for site, read in editor.reads.items() if read in checkable}
 

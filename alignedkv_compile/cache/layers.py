@@ -28,7 +28,7 @@ GROWTH = 64
 copied some sixty times in its life, which is less than what one token reads."""
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):
     """One layer's K and V as an arena.
 
     Attributes:
@@ -50,7 +50,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         USAGE.watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.__dict__.update(state)
         USAGE.watch(self)
 
     @property
@@ -260,6 +260,7 @@ class StaticPackedLayer(PackedLayer):
         super().lazy_initialization(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():  # else CUDA graphs do without, as with a StaticCache
+            assert self.planes is not None
             torch_private.mark_static_address(self.planes)
             torch_private.mark_static_address(self.cumulative_length)
 
