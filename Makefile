@@ -28,8 +28,9 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 	tests/kernel/test_planes.py tests/kernel/test_certified.py tests/triton/test_triton_planes.py tests/triton/test_triton_model.py
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
+PARTS := bench_models cache capacity compare demo evaluate metrics plots state top
 
-.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-gpu sweep-gpu gpu-codegen zoo clean
+.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,7 +92,7 @@ lint: $(STAMP) typecheck  ## ruff and mypy
 
 typecheck: $(STAMP)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(foreach part,cache capacity demo evaluate state,$(CURDIR)/alignedkv_compile/$(part)) $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
+	ln -s $(CURDIR)/alignedkv_compile/*.py $(CURDIR)/alignedkv_compile/py.typed $(addprefix $(CURDIR)/alignedkv_compile/,$(PARTS)) $(CURDIR)/passes $(CURDIR)/lowering $(TYPED)/
 	cd build/typed && MYPYPATH=../../benchmarks:../../examples:../../tests/triton:../../tests/kernel:../../tests/zoo ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		alignedkv_compile ../../benchmarks/*.py ../../examples/*.py ../../tests/zoo/zoo*.py
 
@@ -107,6 +108,9 @@ bench-quick: $(STAMP)  ## one context, two shapes
 
 bench-rows: $(STAMP)  ## one layer by the number of query rows, against stock (about 3 minutes)
 	$(BIN)/python benchmarks/query_rows.py --json results/query-rows.json $(BENCH_ARGS)
+
+bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)
+	$(BIN)/python benchmarks/storages.py --json results/storages.json $(BENCH_ARGS)
 
 bench-gpu:  ## the operator and a model on this machine's GPU, under 5 minutes; nothing is installed: GPU_PYTHON has torch
 	$(GPU_PYTHON) benchmarks/gpu.py --json results/gpu.json $(BENCH_ARGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from . import metrics as metrics
 from . import reference as reference  # gives the operators their eager meaning
 from . import reference_write as reference_write
 from .backend import alignedkv
@@ -26,6 +27,7 @@ from .errors import (
 )
 from .options import Options
 from .report import GraphReport, Report, report, reset_report
+from .shadow import ShadowCheck, on_shadow
 from .state.live_rows import compact
 from .statistics import LayerStatistics, Statistics, reset_stats, stats
 
@@ -58,8 +60,11 @@ __all__ = [
     "reset_stats",
     "Statistics",
     "LayerStatistics",
+    "on_shadow",
+    "ShadowCheck",
     "compact",
     "Cache",
+    "metrics",
     "AlignedKVError",
     "CacheRowsError",
     "CacheTypeError",

@@ -80,7 +80,9 @@ def _compile_rewritten(
         patches[torch_private.CUDA_GRAPHS] = False
         graph_report.declined_cuda_graphs = rewritten.no_cuda_graphs
         _log.info("%s: %s", graph_report.name, rewritten.no_cuda_graphs)
-    compiled = torch_private.compile_graph(rewritten.module, rewritten.example_inputs, patches, post_grad_pass(options))
+    compiled = torch_private.compile_graph(
+        rewritten.module, rewritten.example_inputs, patches, post_grad_pass(replace(options, shadow_every=0))
+    )
     return Runtime(compiled, rewritten, options, graph_report)
 
 

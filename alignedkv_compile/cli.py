@@ -9,8 +9,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from .bench_models.command import bench_models
+from .command_line import positive_list
+from .compare.command import compare
 from .demo.console import open_console
+from .plots.command import plot
 
 GATE_FAILED = 3
 """Exit status of ``alignedkv eval`` and ``alignedkv eval-caches`` when a limit is exceeded."""
@@ -21,16 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-def _positive_list(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 2048,7936") from None
-    if values[0] < 1:
-        raise typer.BadParameter(f"{values[0]} is not a positive number of tokens")
-    return values
 
 
 @app.command()
@@ -48,7 +43,7 @@ def demo(
     Under 15 minutes on 2 cores, under 5 with --quick; most of it is what torch.compile takes to compile. Measure on an
     otherwise idle machine.
     """
-    # Imported here so that `alignedkv --help` does not wait for torch.
+    # Imported here so that other commands do not wait for transformers.
     from .demo.model import DemoUnavailableError
     from .demo.result import QUICK, Settings
     from .demo.run import run
@@ -56,7 +51,7 @@ def demo(
     base = QUICK if quick else Settings()
     settings = dataclasses.replace(
         base,
-        contexts=base.contexts if contexts is None else _positive_list(contexts),
+        contexts=base.contexts if contexts is None else positive_list(contexts),
         tokens=base.tokens if tokens is None else tokens,
         positions=base.positions if positions is None else positions,
         tolerance=tolerance,
@@ -121,7 +116,7 @@ def evaluate(
         model=model,
         text=text,
         dtype=dtype,
-        contexts=_positive_list(contexts),
+        contexts=positive_list(contexts),
         positions=positions,
         tolerances=_tolerances(tolerances),
         compare=compare,
@@ -181,13 +176,13 @@ def evaluate_caches(
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16", param_hint="--dtype")
     base = FULL if full else CacheSettings()
-    lengths = base.retrieval_contexts if retrieval is None else () if retrieval == "none" else _positive_list(retrieval)
+    lengths = base.retrieval_contexts if retrieval is None else () if retrieval == "none" else positive_list(retrieval)
     settings = dataclasses.replace(
         base,
         model=model,
         text=text,
         dtype=dtype,
-        contexts=base.contexts if contexts is None else _positive_list(contexts),
+        contexts=base.contexts if contexts is None else positive_list(contexts),
         retrieval_contexts=lengths,
         positions=base.positions if positions is None else positions,
         kinds=None if kind is None else tuple(kind),
@@ -255,12 +250,42 @@ def capacity(
 
 
 @app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Where the process serves its metrics, e.g. localhost:9464.")] = "localhost:9464",
+    once: Annotated[bool, typer.Option("--once", help="Print one view of all since the process began, then end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Watch a running process: memory of its caches, bytes read, latency, layers.
+
+    The process serves its metrics with alignedkv_compile.metrics.start(9464). Ctrl-C ends the view.
+    """
+    from .errors import AlignedKVError
+
+    try:
+        from .top.run import show_live, show_once
+
+        if once:
+            show_once(url, open_console())
+        else:
+            show_live(url, interval, open_console())
+    except AlignedKVError as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+@app.command()
 def env() -> None:
     """Print processor, threads and versions as JSON: what a bug report or a figure needs."""
     from .demo.environment import describe
 
     typer.echo(json.dumps(dataclasses.asdict(describe()), indent=2))
 
+
+app.command("bench-models")(bench_models)
+app.command()(compare)
+app.command()(plot)
 
 if __name__ == "__main__":
     app()

@@ -116,6 +116,44 @@ class StatisticsBinding:
 
 
 @dataclass(frozen=True)
+class Where:
+    """A value of a call.
+
+    Attributes:
+        is_output: whether it is one of the outputs that were added for shadow checks, or an input of the rewritten graph.
+        index: its position among these.
+    """
+
+    is_output: bool
+    index: int
+
+
+@dataclass(frozen=True)
+class ShadowRead:
+    """Where a shadow check finds what one read read and made.
+
+    Attributes:
+        site: the line of the report.
+        query, key, value, result: places of these tensors.
+        mask, sinks: likewise, or None when the read has none.
+        length: live rows, or their place.
+        scale, softcap, unit_roundoff: constants of the read.
+    """
+
+    site: int
+    query: Where
+    key: Where
+    value: Where
+    mask: Where | None
+    sinks: Where | None
+    result: Where
+    length: int | Where
+    scale: float
+    softcap: float
+    unit_roundoff: float
+
+
+@dataclass(frozen=True)
 class RewrittenGraph:
     """What the passes hand to the backend.
 
@@ -128,6 +166,7 @@ class RewrittenGraph:
         caches: what the runtime must bind at each call, one for each pair of caches.
         statistics: the tensors in which reads record what they did.
         sites: one report line for each attention call over a cache.
+        shadow: the reads that shadow checks look at; what they need of the graph are its last outputs.
     """
 
     module: torch.fx.GraphModule
@@ -138,6 +177,7 @@ class RewrittenGraph:
     caches: tuple[CacheBinding, ...]
     statistics: StatisticsBinding
     sites: tuple[SiteReport, ...]
+    shadow: tuple[ShadowRead, ...] = ()
 
     @property
     def is_changed(self) -> bool:

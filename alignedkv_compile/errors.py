@@ -37,7 +37,7 @@ class OptionValueError(AlignedKVError, ValueError):
 
 
 class UnknownModeError(AlignedKVError, ValueError):
-    """``mode`` is not one of Inductor's modes."""
+    """``mode`` is not one of Inductor's modes, or is one that would bypass this backend's kernels ("lite")."""
 
     def __init__(self, mode: object, allowed: Sequence[str]) -> None:
         super().__init__(

@@ -1,4 +1,6 @@
-"""Where every byte of a plane arena lies.
+"""Where every byte of a plane arena lies: sections, widths, strides, in one place from which all others take them.
+
+What a row's header holds is :mod:`.row_header`; eager views of the sections are :mod:`.arena`.
 
 A *plane arena* holds the narrow planes of K and V of one layer in a single 1-D ``uint8`` tensor, so that a compiled graph takes
 one input per layer for them: beside the cache tensors, or in their place (:mod:`.storage`). Its sections follow each other,

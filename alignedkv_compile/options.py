@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from . import break_even, torch_private
 from .errors import OptionValueError, UnknownInductorOptionError, UnknownModeError, UnknownOptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-"""Inductor's modes that keep custom lowerings in use ("lite" sends every op to its eager kernel)."""
+"""Inductor's modes that keep custom lowerings in use: all but "lite", which sends every operator to its eager kernel."""
 
 UNIT_ROUNDOFF: Mapping[torch.dtype, float] = {
     torch.bfloat16: 2.0**-8,
@@ -20,6 +20,9 @@ UNIT_ROUNDOFF: Mapping[torch.dtype, float] = {
     torch.float32: 2.0**-24,
 }
 """Largest relative error of rounding to nearest, by dtype; the keys are the dtypes that a cache may have."""
+
+MEMORIES = ("beside", "planes")
+"""Where planes may be: beside the cache of the model, or in the place of one only."""
 
 GUARANTEES = ("expected", "worst_case")
 """What ``tolerance`` may be: a mean over many outputs, or a bound on every one."""
@@ -38,12 +41,18 @@ class Options:
             the bound is computed from what was read, and :func:`alignedkv_compile.stats` shows it. Fewer bytes are saved.
         min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save. None is what
             pays on the device (:mod:`alignedkv_compile.break_even`): 512 rows on CPUs, more on GPUs where pairs are few.
-        strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is not rewritten.
+        strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is declined, and
+            let internal errors through. A long query that keeps stock attention by design is not declined.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
         accuracy: the dtype in whose rounding error ``tolerance`` is measured; None is the cache's own. With ``float16``, an
             fp32 model gets attention as accurate as fp16 arithmetic would make it.
         assume_exclusive_cache: trust that nothing but compiled code writes a cache tensor made under
             ``torch.inference_mode()``. Such tensors count no versions, so a foreign write cannot be seen.
+        memory: ``"beside"`` keeps planes next to the caches of transformers, which takes half as much memory again. With
+            ``"planes"`` only an :class:`alignedkv_compile.Cache`, whose storage they are, is read from planes; every bit of
+            other caches is read, and nothing is kept for it.
+        shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
+            :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
         mode: one of :data:`MODES`, or None.
     """
@@ -55,6 +64,8 @@ class Options:
     stats: bool = False
     accuracy: torch.dtype | None = None
     assume_exclusive_cache: bool = False
+    memory: str = "beside"
+    shadow_every: int = 0
     inductor: Mapping[str, object] = field(default_factory=dict, hash=False)
     mode: str | None = None
 
@@ -69,6 +80,11 @@ class Options:
     def least_context(self, device: torch.device, pairs: int) -> int:
         """``min_context``, or what pays on ``device`` with ``pairs`` of KV heads and batch entries when none was asked for."""
         return break_even.least_context(device, pairs) if self.min_context is None else self.min_context
+
+    @property
+    def without_planes(self) -> Options:
+        """The same for a cache that no planes may be kept for."""
+        return self if self.memory == "beside" else replace(self, tolerance=0.0)
 
     @property
     def certified(self) -> bool:
@@ -118,9 +134,21 @@ def _row_count(name: str, value: object) -> int | None:
     return value
 
 
+def _call_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionValueError(name, value, "an int >= 0: one call in so many is checked, 0 for none")
+    return value
+
+
 def _guarantee(name: str, value: object) -> str:
     if value not in GUARANTEES:
         raise OptionValueError(name, value, " or ".join(map(repr, GUARANTEES)))
+    return str(value)
+
+
+def _memory(name: str, value: object) -> str:
+    if value not in MEMORIES:
+        raise OptionValueError(name, value, " or ".join(map(repr, MEMORIES)))
     return str(value)
 
 
@@ -155,11 +183,13 @@ def _inductor(name: str, value: object) -> Mapping[str, object]:
 _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "tolerance": _tolerance,
     "guarantee": _guarantee,
+    "memory": _memory,
     "min_context": _row_count,
     "strict": _flag,
     "stats": _flag,
     "accuracy": _accuracy,
     "assume_exclusive_cache": _flag,
+    "shadow_every": _call_count,
     "inductor": _inductor,
 }
 

@@ -155,10 +155,7 @@ def _attention(
     valid = planes is not None and int(planes.narrow(0, 0, 8).view(torch.int64)) == PLANES_VALID
     views = arena_views(planes, arena_layout(key, value)) if planes is not None and valid else None
     numbers = (scale, softcap, tolerance, unit_roundoff, min_context)
-    row = (key.shape[-1] + value.shape[-1]) * key.element_size()
-    return _read_heads(
-        query, key, value, views, mask, sinks, length, *numbers, stored_row=row, counts=counts, certificates=certificates
-    )
+    return _read_heads(query, key, value, views, mask, sinks, length, *numbers, counts=counts, certificates=certificates)
 
 
 def _read_heads(
@@ -175,7 +172,7 @@ def _read_heads(
     unit_roundoff: float,
     min_context: int,
     *,
-    stored_row: int,
+    stored_row: int | None = None,
     counts: ReadCounts,
     certificates: torch.Tensor | None = None,
 ) -> torch.Tensor:

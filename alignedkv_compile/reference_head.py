@@ -100,9 +100,15 @@ def head_calls(
     softcap: float,
     tolerance: float,
     unit_roundoff: float,
-    stored_row: int,
+    stored_row: int | None = None,
 ) -> Iterator[tuple[int, int, slice, HeadCall]]:
-    """Parts of an operator's call: index of the (batch, KV head) pair, batch entry, its group's query heads, and it."""
+    """Parts of an operator's call: index of the (batch, KV head) pair, batch entry, its group's query heads, and it.
+
+    Args:
+        stored_row: bytes that all bits of a row are held in; those of its numbers if not given.
+    """
+    if stored_row is None:
+        stored_row = (key.shape[-1] + value.shape[-1]) * key.element_size()
     query_rows, heads = query.shape[2], key.shape[1]
     group = query.shape[1] // heads
     for index in range(query.shape[0] * heads):

@@ -29,6 +29,7 @@ class GraphReport:
         declined_cuda_graphs: why the graph is not captured although CUDA graphs were asked for, or "". Inductor may find other
             reasons, which it logs itself.
         notes: what happened at run time (planes left stale, and why), each with the number of times.
+        function: what it was traced from, "" when Dynamo did not say.
     """
 
     name: str
@@ -36,6 +37,7 @@ class GraphReport:
     fallback: str = ""
     declined_cuda_graphs: str = ""
     notes: dict[str, int] = field(default_factory=dict)
+    function: str = ""
 
     def note(self, text: str) -> bool:
         """Count a run-time event; True the first time that it is seen."""
@@ -59,6 +61,7 @@ class GraphReport:
         ]
         return {
             "name": self.name,
+            "function": self.function,
             "sites": sites,
             "fallback": self.fallback,
             "declined_cuda_graphs": self.declined_cuda_graphs,
@@ -191,7 +194,7 @@ class _Registry:
         with self._lock:
             name = f"graph {self._compiled}" + (f" ({function})" if function else "")
             self._compiled += 1
-        return GraphReport(name)
+        return GraphReport(name, function=function)
 
     def add(self, graph: GraphReport) -> None:
         with self._lock:

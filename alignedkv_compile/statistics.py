@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .contract import RewrittenGraph
+from .counter_ledger import CounterLedger, GraphKey
 from .errors import StatisticsDisabledError
 from .ops import COUNTER_FIELDS
+from .shadow import SHADOW_LOG
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,17 @@ class GraphStatistics:
     Args:
         graph: names the tensors among its inputs.
         tolerance: the user's.
+        function: what the graph was traced from, "" when that is not known.
 
     Attributes:
+        key: under which the counters are added up.
         counters: int64 ``[sites, len(COUNTER_FIELDS)]``, or None when nothing is counted.
         bounds: float32 ``[sites, 2, heads]``, see ``ops.certified_read_attention``, or None when reads are not certified.
         query_heads: for each site, how many columns of ``bounds`` are its own.
         last_call: when the graph was called last, as a number that grows from call to call of any graph.
     """
 
-    def __init__(self, graph: RewrittenGraph, tolerance: float) -> None:
+    def __init__(self, graph: RewrittenGraph, tolerance: float, function: str = "") -> None:
         binding = graph.statistics
         self.counters = _zeros(graph, binding.counters_input)
         self.bounds = _zeros(graph, binding.bounds_input)
@@ -119,8 +123,10 @@ class GraphStatistics:
         self.query_heads = binding.query_heads
         self.tolerance = tolerance
         self.last_call = -1
+        self.key = GraphKey(function, len(binding.query_heads))
         if self.counters is not None:
             _ALL.add(self)
+            _LEDGER.open(self, self.key, self.counters)
 
     def bind(self, inputs: list[object]) -> None:
         """Put the tensors in their places among the inputs of a call."""
@@ -141,6 +147,7 @@ class GraphStatistics:
 
 _ALL: weakref.WeakSet[GraphStatistics] = weakref.WeakSet()
 _CALLS = itertools.count()
+_LEDGER: CounterLedger[GraphStatistics] = CounterLedger()
 
 
 def _zeros(graph: RewrittenGraph, index: int | None) -> torch.Tensor | None:
@@ -188,6 +195,24 @@ def _layers(graphs: Sequence[GraphStatistics]) -> Iterator[LayerStatistics]:
 
 
 def reset_stats() -> None:
-    """Set all counters and certificates to zero."""
+    """Set all counters and certificates to zero, and forget the shadow checks so far."""
     for graph in list(_ALL):
         graph.reset()
+    _LEDGER.reset()
+    SHADOW_LOG.reset()
+
+
+def counter_totals() -> dict[GraphKey, list[list[int]]]:
+    """Counters ``[sites][COUNTER_FIELDS]`` since the last :func:`reset_stats`, those of graphs that are gone included: what
+    :func:`stats` shows of the living, as sums that never fall. Empty when nothing is counted."""
+    return _LEDGER.totals()
+
+
+def certificate_ratios() -> dict[GraphKey, list[float]]:
+    """For each site of the living graphs that certify and count, its worst certificate over the tolerance."""
+    ratios: dict[GraphKey, list[float]] = {}
+    for key, graph in _LEDGER.owners():
+        if graph.bounds is not None and graph.tolerance > 0:
+            worst = (graph.bounds[:, 1].amax(-1) / graph.tolerance).tolist()
+            ratios[key] = list(map(max, worst, ratios.get(key, worst)))
+    return ratios

@@ -38,6 +38,11 @@ CompiledGraph = Callable[..., Sequence[object]]
 """What Inductor makes of a graph: called with the graph's inputs, returns its outputs."""
 
 
+def modes() -> tuple[str, ...]:
+    """Names of Inductor's modes."""
+    return tuple(list_mode_options())
+
+
 def mode_patches(mode: str | None) -> dict[str, object]:
     """Entries of Inductor's config that stand for a ``torch.compile`` mode."""
     return dict(list_mode_options(mode)) if mode else {}

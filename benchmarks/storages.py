@@ -10,6 +10,7 @@ tensors that a step keeps between calls.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import statistics
@@ -70,7 +71,7 @@ def beside(layers: list[Layer], tolerance: float) -> Variant:
         planes = torch.zeros(arena_layout(layer.key, layer.value).total, dtype=torch.uint8)
         PLANE_BUILDER.rebuild(planes, layer.key, layer.value, layer.context)
         last = torch.tensor([layer.context - 1])
-        steps.append(lambda layer=layer, planes=planes, last=last: compiled(layer.query, layer.key, layer.value, planes, last))
+        steps.append(functools.partial(compiled, layer.query, layer.key, layer.value, planes, last))
     return Variant(tuple(steps), layers[0].bytes_full + planes.nbytes)
 
 
@@ -94,9 +95,7 @@ def packed(layers: list[Layer], storage: str, tolerance: float) -> Variant:
         cache_rows.store(planes, layer.key, layer.value, torch.arange(context), context, storage)
         last = torch.tensor([context - 1])
         key, value = layer.key[:, :, -1:].clone(), layer.value[:, :, -1:].clone()
-        steps.append(
-            lambda query=layer.query, key=key, value=value, planes=planes, last=last: compiled(query, key, value, planes, last)
-        )
+        steps.append(functools.partial(compiled, layer.query, key, value, planes, last))
     return Variant(tuple(steps), planes.nbytes)
 
 

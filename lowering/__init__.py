@@ -1,8 +1,9 @@
-"""Inductor lowerings of the two operators: Python decides (shapes, constants, instruction set), Jinja templates compute.
+"""Inductor lowerings of the seven operators, all but the copy: Python decides (shapes, constants, instruction set), Jinja
+templates compute.
 
-``quantize.py`` and ``attention.py`` each turn one operator into a kernel from ``templates/``; ``cpp_kernel.py`` is the Inductor
-buffer and kernel that carry a template; ``isa.py`` chooses the instruction set, for each of which ``simd/`` has a header. For
-GPUs they hand over to ``triton/``.
+``quantize.py`` turns those that move rows into kernels from ``templates/``, ``attention.py`` those that attend to them;
+``cpp_kernel.py`` is the Inductor buffer and kernel that carry a template; ``isa.py`` chooses the instruction set, for each of
+which ``simd/`` has a header. For GPUs they hand over to ``triton/``.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def _lower_quantize(
     if generates_triton(device_of(planes)):
         from .triton.quantize import lower  # triton need not be installed for CPUs
 
-        lower(*_inputs(planes, key, value, positions).values(), sympy.sympify(capacity))
+        inputs = _inputs(planes, key, value, positions)
+        lower(inputs["planes"], inputs["key"], inputs["value"], inputs["positions"], sympy.sympify(capacity))
         return
     _lower_store(planes, key, value, positions, capacity, BESIDE.name)
 

@@ -28,6 +28,7 @@ class GraphEditor:
         added: inserted nodes, in order of insertion.
         removed: names of erased nodes.
         replaced: for each erased node that had users, what they use now.
+        reads: the reads that took the place of attention, by the line of the report.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -36,6 +37,7 @@ class GraphEditor:
         self.added: list[Node] = []
         self.removed: list[str] = []
         self.replaced: dict[str, object] = {}
+        self.reads: dict[int, Node] = {}
         self._origin: Node | None = None
 
     def placeholder(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype, device: torch.device) -> Node:

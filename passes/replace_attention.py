@@ -26,7 +26,13 @@ class AlignmentOptions(Protocol):
     @property
     def tolerance(self) -> float: ...
 
+    @property
+    def min_context(self) -> int | None: ...
+
     def least_context(self, device: torch.device, pairs: int) -> int: ...
+
+    @property
+    def without_planes(self) -> AlignmentOptions: ...
 
     @property
     def stats(self) -> bool: ...
@@ -37,7 +43,15 @@ class AlignmentOptions(Protocol):
     @property
     def cuda_graphs(self) -> bool: ...
 
+    @property
+    def shadow_every(self) -> int: ...
+
     def unit_roundoff(self, dtype: torch.dtype) -> float: ...
+
+
+def options_for(site: AttentionSite, options: AlignmentOptions) -> AlignmentOptions:
+    """The options of one site: no planes may be kept beside a cache where the user wants them in its place only."""
+    return options if site.kind.holds_planes else options.without_planes
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,7 @@ def replace_attention(
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
         )
+        editor.reads[site.index] = result
         result = result if reads.finish is None else reads.finish(result)
         if site.key.repeats.tiled:
             result = _heads_swapped(result, 1, tiles[::-1], editor)
@@ -226,7 +241,9 @@ def _heads_swapped(node: Node, dim: int, tiles: tuple[int, int], editor: GraphEd
 
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
-    """Live rows below which a site's read takes every bit."""
+    """Live rows below which a site's read takes every bit; where rows have to be decoded for that, fewer bits always pay."""
+    if site.kind.holds_planes:
+        return options.min_context or 0
     cache = fake(site.key.source)
     return options.least_context(cache.device, int(example_size(cache.shape[0])) * int(example_size(cache.shape[1])))
 

@@ -17,7 +17,8 @@ from .caches.kind import Positions, RewrittenPair
 from .editor import GraphEditor
 from .nodes import fake
 from .records import Pairing
-from .replace_attention import AlignmentOptions, StatisticsInputs, query_heads
+from .replace_attention import AlignmentOptions, StatisticsInputs, options_for, query_heads
+from .shadow_outputs import return_reads, shadow_reads
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Rewriting:
     Attributes:
         inputs, outputs: of Dynamo's graph, in its order. Some of the nodes are no longer in the graph.
         query_heads: for each line of the report, the heads of the read that stands there now, or 0.
+        shadowed: what the graph returns for shadow checks, behind its own outputs.
     """
 
     editor: GraphEditor
@@ -35,6 +37,7 @@ class Rewriting:
     pairs: tuple[RewrittenPair, ...]
     statistics: StatisticsInputs
     query_heads: tuple[int, ...]
+    shadowed: tuple[Node, ...]
 
     def result(self, module: GraphModule, example_inputs: Sequence[object], report: tuple[SiteReport, ...]) -> RewrittenGraph:
         """Positions instead of nodes: what leaves the passes."""
@@ -58,6 +61,7 @@ class Rewriting:
                 query_heads=self.query_heads,
             ),
             sites=report,
+            shadow=shadow_reads(self.editor, now, self.shadowed) if self.shadowed else (),
         )
 
 
@@ -72,9 +76,13 @@ def rewrite_pairs(module: GraphModule, pairing: Pairing, options: AlignmentOptio
     editor = GraphEditor(module)
     heads = _query_heads(pairing, sites)
     statistics = _statistics_inputs(editor, pairing, heads, options)
-    rewritten = [pair.rewrite(number, editor, options, statistics) for number, pair in enumerate(pairing.pairs)]
+    rewritten = [
+        pair.rewrite(number, editor, options_for(pair.sites[0], options), statistics)
+        for number, pair in enumerate(pairing.pairs)
+    ]
     pairs = tuple(pair for pair in rewritten if pair is not None)
-    return Rewriting(editor, inputs, outputs, pairs, statistics, heads)
+    shadowed = return_reads(editor) if options.shadow_every else ()
+    return Rewriting(editor, inputs, outputs, pairs, statistics, heads, shadowed)
 
 
 def _query_heads(pairing: Pairing, sites: int) -> tuple[int, ...]:

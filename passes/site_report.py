@@ -11,7 +11,7 @@ from alignedkv_compile.contract import Outcome, SiteReport
 
 from .nodes import fake, is_symbolic, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Pairing
-from .replace_attention import AlignmentOptions, least_context
+from .replace_attention import AlignmentOptions, least_context, options_for
 
 log = logging.getLogger("alignedkv_compile.passes")
 
@@ -44,7 +44,9 @@ def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
 
 
 def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
-    """For which contexts a rewritten site reads every bit, where the device decides that."""
+    """For which contexts a rewritten site reads every bit, where the device or the option ``memory`` decides that."""
+    if options.tolerance > 0 and options_for(site, options).tolerance == 0:
+        return "every bit: memory='planes' keeps none beside this cache (alignedkv_compile.Cache is made of them)"
     if fake(site.key.rows).device.type == "cpu" or options.tolerance == 0:
         return ""
     return f"every bit below {least_context(site, options)} live rows, from where on fewer are faster here (min_context)"

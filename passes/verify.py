@@ -20,7 +20,7 @@ from .caches.kind import Expected
 from .editor import GraphEditor
 from .nodes import fake, mutated_by, operation, same
 from .records import Pairing
-from .replace_attention import AlignmentOptions
+from .replace_attention import AlignmentOptions, options_for
 
 READ = f"{NAMESPACE}::aligned_read_attention"
 CERTIFIED_READ = f"{NAMESPACE}::certified_read_attention"
@@ -48,7 +48,7 @@ def snapshot(module: GraphModule, pairing: Pairing, options: AlignmentOptions) -
     return GraphSnapshot(
         nodes=tuple((node.name, _identity(node), _operands(node, {})) for node in module.graph.nodes),
         attention={site.attention.name: fake(site.attention) for site in pairing.rewritten},
-        expected=tuple(pair.expected(options) for pair in pairing.pairs),
+        expected=tuple(pair.expected(options_for(pair.sites[0], options)) for pair in pairing.pairs),
     )
 
 

@@ -14,7 +14,7 @@ from ..storage import LOSSLESS, PACKED
 from .layers import GrowingPackedLayer, PackedLayer, StaticPackedLayer
 
 
-class Cache(TransformersCache):  # type: ignore[misc]
+class Cache(TransformersCache):
     """A cache whose storage are the planes that decode attention reads, with no 16-bit copy.
 
         cache = alignedkv_compile.Cache(model.config, "8bit")
@@ -62,7 +62,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
             for layer in self.layers:
                 if isinstance(layer, GrowingPackedLayer):
                     layer.reserve()
-        return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
+        return super().get_seq_length(layer_idx)
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from ..errors import CacheRowsError
 from ..layout import MAX_HEAD_DIM, SCORE_GROUP, ArenaLayout
 from ..storage import STORAGES
 from . import rows
+from .usage import USAGE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,7 +28,7 @@ GROWTH = 64
 copied some sixty times in its life, which is less than what one token reads."""
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):
     """One layer's K and V as an arena.
 
     Attributes:
@@ -46,6 +47,11 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch_size = self.num_heads = self.k_head_dim = self.v_head_dim = 0
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+        USAGE.watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        USAGE.watch(self)
 
     @property
     @abc.abstractmethod
@@ -254,6 +260,7 @@ class StaticPackedLayer(PackedLayer):
         super().lazy_initialization(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():  # else CUDA graphs do without, as with a StaticCache
+            assert self.planes is not None
             torch_private.mark_static_address(self.planes)
             torch_private.mark_static_address(self.cumulative_length)
 

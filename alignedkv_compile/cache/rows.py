@@ -44,12 +44,12 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What :data:`alignedkv_compile.ops.load_rows` does."""
     if torch.compiler.is_compiling() or not _worthwhile(planes, key, rows):
-        return load_rows.default(planes, key, value, positions, rows, capacity, storage)  # type: ignore[no-any-return]
+        return load_rows.default(planes, key, value, positions, rows, capacity, storage)
     room, live = planes.new_empty(capacity, 0), planes.new_empty(rows, 0)
     args = (planes, key.contiguous(), value.contiguous(), positions, room, live)
     held = _KERNELS.call(_load, storage, args)
     if held is None:
-        return load_rows.default(planes, key, value, positions, rows, capacity, storage)  # type: ignore[no-any-return]
+        return load_rows.default(planes, key, value, positions, rows, capacity, storage)
     return held[0], held[1]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..lowering.isa import chosen_isa
+
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "alignedkv-compile")
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
@@ -21,6 +23,7 @@ class Environment:
     Attributes:
         cpu: the processor's own name.
         capability: the instruction set that ATen's kernels use ("AVX2", "AVX512", "DEFAULT").
+        kernels: the instruction set that this package generates C++ for, of ``lowering/isa.py``.
         flags: those of :data:`CPU_FLAGS` that the processor reports.
         cores: logical cores that this process may use.
         threads: threads of ``torch``'s intra-op pool.
@@ -32,6 +35,7 @@ class Environment:
 
     cpu: str
     capability: str
+    kernels: str
     flags: tuple[str, ...]
     cores: int
     threads: int
@@ -47,6 +51,7 @@ def describe() -> Environment:
     return Environment(
         cpu=cpu,
         capability=torch.backends.cpu.get_cpu_capability(),
+        kernels=chosen_isa(),
         flags=tuple(flag for flag in CPU_FLAGS if flag in flags),
         cores=_cores(),
         threads=torch.get_num_threads(),
@@ -54,6 +59,16 @@ def describe() -> Environment:
         platform=platform.platform(),
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
+    )
+
+
+def machine(environment: Environment) -> str:
+    """Processor, cores and instruction sets in one line: what a speed-up belongs to."""
+    cores = f"{environment.cores} core" + ("s" if environment.cores != 1 else "")
+    return (
+        f"{environment.cpu}, {cores}, {environment.threads} thread"
+        + ("s" if environment.threads != 1 else "")
+        + f", ATen {environment.capability}, kernels {environment.kernels}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Timing: every variant decodes the same tokens, in turns, in one process."""
+"""Timing: every variant decodes the same tokens, in turns, in one process; what was read and is held, between calls."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
-from .. import reset_stats, stats
-from .variants import ALIGNED, Variant
+from .. import LayerStatistics, reset_stats, stats
+from .held import held_bytes
+from .variants import ALIGNED, COMPILED, EAGER, Variant
 
+STOCK = (EAGER, COMPILED)
+"""Variants that a user has without this package."""
 BURST = 4
 """Tokens that a variant decodes before it is the next one's turn."""
 WARM_UP = 2
@@ -30,6 +33,7 @@ class Timing:
         first_token_s: the first call, compilation and building of planes included.
         warm_up_s: the untimed calls that followed.
         token_ms: each timed call, in the order made.
+        held_bytes: of the cache after each timed call, with all that stands beside it (:func:`.held.held_bytes`).
     """
 
     variant: str
@@ -38,6 +42,7 @@ class Timing:
     first_token_s: float
     warm_up_s: tuple[float, ...]
     token_ms: tuple[float, ...]
+    held_bytes: tuple[int, ...]
 
     @property
     def median_ms(self) -> float:
@@ -53,12 +58,22 @@ class BytesRead:
     """What the aligned read took from the caches while it was timed.
 
     Attributes:
-        bytes_read: bytes of cache and planes that were read.
-        bytes_full: what reading every live row in the cache's dtype would have taken.
+        read_by_step: bytes of cache and planes that each timed call read in each layer, ``[calls][layers]``.
+        full_by_step: what reading every live row in the cache's dtype would have taken, likewise.
     """
 
-    bytes_read: int
-    bytes_full: int
+    read_by_step: tuple[tuple[int, ...], ...]
+    full_by_step: tuple[tuple[int, ...], ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all calls and layers."""
+        return sum(map(sum, self.read_by_step))
+
+    @property
+    def bytes_full(self) -> int:
+        """Of all calls and layers."""
+        return sum(map(sum, self.full_by_step))
 
     @property
     def fraction(self) -> float:
@@ -81,6 +96,11 @@ class Comparison:
     def speedup(self, variant: str, baseline: str) -> float:
         """How many times faster ``variant`` is than ``baseline``, by median."""
         return self.of(baseline).median_ms / self.of(variant).median_ms
+
+    @property
+    def best_stock(self) -> str:
+        """Name of the fastest variant that is not this backend, by median."""
+        return min((timing for timing in self.timings if timing.variant in STOCK), key=lambda timing: timing.median_ms).variant
 
 
 def calls_per_comparison(tokens: int) -> int:
@@ -114,14 +134,20 @@ def compare(
         with variant.compiling():
             opening[variant.name] = [_timed(variant, following, row, caches[variant.name]) for row in range(1 + WARM_UP)]
         advance(1 + WARM_UP)
-    if any(variant.name == ALIGNED for variant in variants):
-        reset_stats()
     timed: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    held: dict[str, list[int]] = {variant.name: [] for variant in variants}
+    layers: list[tuple[LayerStatistics, ...]] = []
     for round_, start in enumerate(range(0, tokens, BURST)):
         for turn in range(len(variants)):
             variant = variants[(round_ + turn) % len(variants)]
             rows = range(1 + WARM_UP + start, 1 + WARM_UP + min(start + BURST, tokens))
-            timed[variant.name] += [1000 * _timed(variant, following, row, caches[variant.name]) for row in rows]
+            for row in rows:
+                if variant.name == ALIGNED:
+                    reset_stats()
+                timed[variant.name].append(1000 * _timed(variant, following, row, caches[variant.name]))
+                held[variant.name].append(held_bytes(caches[variant.name]))
+                if variant.name == ALIGNED:
+                    layers.append(stats().layers)
             advance(len(rows))
     timings = tuple(
         Timing(
@@ -131,17 +157,20 @@ def compare(
             opening[variant.name][0],
             tuple(opening[variant.name][1:]),
             tuple(timed[variant.name]),
+            tuple(held[variant.name]),
         )
         for variant in variants
     )
-    return Comparison(kind, context, timings, _bytes_read(variants))
+    return Comparison(kind, context, timings, _bytes_read(layers) if layers else None)
 
 
-def _bytes_read(variants: Sequence[Variant]) -> BytesRead | None:
-    if not any(variant.name == ALIGNED for variant in variants):
-        return None
-    counted = stats()
-    return BytesRead(int(counted.bytes_read), int(counted.bytes_full))
+def _bytes_read(steps: Sequence[Sequence[LayerStatistics]]) -> BytesRead:
+    """Statistics of ``[calls][layers]``; a graph that the call did not run has counted nothing and is no layer of it."""
+    called = [[layer for layer in layers if layer.calls] for layers in steps]
+    return BytesRead(
+        tuple(tuple(layer.bytes_read for layer in layers) for layers in called),
+        tuple(tuple(layer.bytes_full for layer in layers) for layers in called),
+    )
 
 
 def _timed(variant: Variant, following: torch.Tensor, row: int, cache: Any) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .variants import Variant
+from .. import reset_stats, stats
+from .variants import ALIGNED, Variant
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Quality:
         variant: name of the variant.
         context: tokens in the cache before the first position.
         positions: how many positions were compared.
+        bytes: bytes read from the cache over what its live rows take in their own dtype; 1 for stock.
         kl_mean, kl_p99: KL(fp32 || variant) in nats, mean and 99th percentile over positions.
         top1_agreement: share of positions where both have the same most likely token.
         nll: mean negative log-likelihood of the document's true next token, in nats.
@@ -28,6 +30,7 @@ class Quality:
     variant: str
     context: int
     positions: int
+    bytes: float
     kl_mean: float
     kl_p99: float
     top1_agreement: float
@@ -74,6 +77,8 @@ def teacher_forced(
     """
     positions = reference.shape[0]
     divergence, agree, nll = torch.empty(positions), 0, 0.0
+    if variant.name == ALIGNED:
+        reset_stats()
     with variant.compiling():
         for row in range(positions):
             found = variant.decode(following[:, row : row + 1], cache)[0].float().log_softmax(-1)
@@ -87,6 +92,7 @@ def teacher_forced(
         variant=variant.name,
         context=context,
         positions=positions,
+        bytes=stats().fraction if variant.name == ALIGNED else 1.0,
         kl_mean=float(divergence.mean()),
         kl_p99=float(divergence.quantile(0.99)),
         top1_agreement=agree / positions,

@@ -9,7 +9,7 @@ from typing import Any
 
 from .document import Document
 from .environment import Environment
-from .measure import Comparison, calls_per_comparison
+from .measure import BytesRead, Comparison, calls_per_comparison
 from .quality import Continuation, Quality
 
 STATIC, DYNAMIC = "static", "dynamic"
@@ -98,5 +98,10 @@ def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
             asdict(timing) | {"median_ms": timing.median_ms, "tokens_per_second": timing.tokens_per_second}
             for timing in comparison.timings
         ],
-        "bytes": None if comparison.bytes is None else asdict(comparison.bytes) | {"fraction": comparison.bytes.fraction},
+        "best_stock": comparison.best_stock,
+        "bytes": None if comparison.bytes is None else _bytes_dict(comparison.bytes),
     }
+
+
+def _bytes_dict(found: BytesRead) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in ("bytes_read", "bytes_full", "fraction", "read_by_step", "full_by_step")}

@@ -27,12 +27,28 @@ RECOMPILE_LIMIT = 32
 
 
 def run(settings: Settings, console: Console, load: Callable[[], LoadedModel] = load_smollm2) -> Result:
-    """Run the demo and print its tables on ``console``.
+    """Run the demo and print its tables on ``console``; arguments and errors are those of :func:`measure`."""
+    _require_compiler()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    render.print_environment(describe(), console)
+    result, max_positions = measure(settings, console, load)
+    render.print_result(result, console)
+    if max(settings.contexts) + settings.positions > max_positions:
+        console.print(f"[yellow]Positions beyond {max_positions} are outside of what {result.model} was made for.[/]")
+    return result
+
+
+def measure(settings: Settings, console: Console, load: Callable[[], LoadedModel]) -> tuple[Result, int]:
+    """Measure one model.
 
     Args:
         settings: what to run.
-        console: where progress and tables go.
-        load: gives the model; the default is SmolLM2-135M-Instruct.
+        console: where progress goes.
+        load: gives the model.
+
+    Returns:
+        The result, and the longest context that the model was made for.
 
     Raises:
         DemoUnavailableError: weights, packages or a C++ compiler are missing, or the document is too short.
@@ -41,7 +57,6 @@ def run(settings: Settings, console: Console, load: Callable[[], LoadedModel] = 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     environment = describe()
-    render.print_environment(environment, console)
     with _progress(console) as progress:
         loaded = _step(progress, "loading the model", load)
         document = long_document(loaded.tokenizer, max(settings.contexts) + settings.following())
@@ -54,10 +69,7 @@ def run(settings: Settings, console: Console, load: Callable[[], LoadedModel] = 
             qualities, continuations = _check(progress, variants, loaded, past, document, reference, settings)
             found = report()
     result = Result(loaded.name, document, settings, environment, comparisons, qualities, continuations, found)
-    render.print_result(result, console)
-    if max(settings.contexts) + settings.positions > loaded.max_positions:
-        console.print(f"[yellow]Positions beyond {loaded.max_positions} are outside of what {loaded.name} was made for.[/]")
-    return result
+    return result, loaded.max_positions
 
 
 def _compare_all(

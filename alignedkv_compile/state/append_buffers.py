@@ -9,7 +9,10 @@ and a view does not: an in-place edit of a view also changes the older and newer
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -18,8 +21,9 @@ from ..errors import CacheLengthError
 from ..layout import PLANES_STALE, ArenaLayout
 from .copies import MAX_CONSECUTIVE_COPIES
 from .live_rows import register_growing_layers
-from .stores import Builder
+from .stores import Builder, present
 from .tensor_identity import WeakPairMap, observe
+from .usage import CacheUsage
 
 GROWTH = 1.2
 """Capacity over live rows when a buffer is made: appends then cost five copies of a row on average, however long the cache."""
@@ -39,7 +43,7 @@ class PastHistory:
     note: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class AppendBuffer:
     """Storage of one layer's K and V with room behind the live rows.
 
@@ -79,13 +83,31 @@ def grown_capacity(length: int, row_bytes: int) -> int:
 class AppendBuffers:
     """Every view that compiled code handed out last, and the buffer that it views; an entry dies with the view."""
 
+    kind: ClassVar[str] = "dynamic"
+
     def __init__(self, builder: Builder) -> None:
         register_growing_layers()
         self._views: WeakPairMap[AppendBuffer] = WeakPairMap()
+        self._alive: weakref.WeakValueDictionary[int, AppendBuffer] = weakref.WeakValueDictionary()
         self._builder = builder
 
     def __len__(self) -> int:
         return len(self._views)
+
+    def usage(self) -> Iterator[CacheUsage]:
+        """See :class:`.usage.UsageSource`. Buffers that a call is working on are in no entry; they count as well."""
+        for buffer in (reference() for reference in self._alive.valuerefs()):
+            if buffer is not None:
+                planes = buffer.planes
+                yield CacheUsage(
+                    kind=self.kind,
+                    address=buffer.key.data_ptr(),
+                    cache_bytes=buffer.key.nbytes + buffer.value.nbytes,
+                    plane_bytes=0 if planes is None else planes.nbytes,
+                    copy_bytes=0,
+                    rows=buffer.length - buffer.start,
+                    capacity=buffer.capacity,
+                )
 
     def before_call(
         self,
@@ -151,6 +173,11 @@ class AppendBuffers:
         self._views.set(key_view, value_view, buffer)
         return key_view, value_view
 
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The buffer that a pair of views belongs to, and its planes."""
+        buffer = self._views.get(key, value)
+        return () if buffer is None else present(buffer.key, buffer.value, buffer.planes)
+
     def with_capacity(
         self, past_key: torch.Tensor, past_value: torch.Tensor, capacity: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +193,9 @@ class AppendBuffers:
         capacity = grown_capacity(rows, batch * (key_dim + past_value.shape[3]) * past_key.element_size())
         with torch_private.normal_tensors():
             key, value = self.with_capacity(past_key, past_value, capacity)
-        return AppendBuffer(key, value, None, length)
+        buffer = AppendBuffer(key, value, None, length)
+        self._alive[id(buffer)] = buffer
+        return buffer
 
     def _arena(self, buffer: AppendBuffer) -> torch.Tensor:
         """Stale planes for a buffer."""

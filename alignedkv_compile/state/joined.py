@@ -9,7 +9,10 @@ anew (:class:`JoinedKeys`). A growing cache lives in the buffers (:class:`Latent
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -17,17 +20,19 @@ from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout
 from .append_buffers import AppendBuffer, AppendBuffers, with_room
 from .copies import CopyHistory, Look
-from .stores import Builder
+from .stores import Builder, present
 from .tensor_identity import WeakPairMap
+from .usage import CacheUsage
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Joined:
     """One layer's latents and rope keys.
 
     Attributes:
         rows: ``[B, 1, C, R + Dr]``.
         planes: uint8 arena for ``rows`` as K and the latents as V, or None.
+        address: of the latents, when the rows were joined.
         current: whether the planes are those of the rows.
         history: whether the cache is as the last call left it.
         note: why the planes are stale, or "".
@@ -35,6 +40,7 @@ class Joined:
 
     rows: torch.Tensor
     planes: torch.Tensor | None
+    address: int
     current: bool = False
     history: CopyHistory = field(default_factory=CopyHistory)
     note: str = ""
@@ -45,10 +51,25 @@ class JoinedKeys:
 
     def __init__(self, builder: Builder) -> None:
         self._joined: WeakPairMap[Joined] = WeakPairMap()
+        self._alive: weakref.WeakValueDictionary[int, Joined] = weakref.WeakValueDictionary()
         self._builder = builder
 
     def __len__(self) -> int:
         return len(self._joined)
+
+    def usage(self) -> Iterator[CacheUsage]:
+        """See :class:`.usage.UsageSource`. How many rows are live is not known here."""
+        for joined in (reference() for reference in self._alive.valuerefs()):
+            if joined is not None:
+                yield CacheUsage(
+                    kind="latent",
+                    address=joined.address,
+                    cache_bytes=joined.rows.nbytes,
+                    plane_bytes=0 if joined.planes is None else joined.planes.nbytes,
+                    copy_bytes=joined.rows.nbytes,
+                    rows=None,
+                    capacity=joined.rows.shape[2],
+                )
 
     def before_call(self, latent: torch.Tensor, rope: torch.Tensor, *, with_planes: bool, trust_unversioned: bool) -> Joined:
         """The joined rows of a pair of caches as they are now.
@@ -62,6 +83,7 @@ class JoinedKeys:
         joined = self._joined.pop(latent, rope)  # filed again when the call has succeeded
         if joined is None or not _fits(joined, latent, rope, with_planes=with_planes):
             joined = _create(latent, rope, with_planes=with_planes)
+            self._alive[id(joined)] = joined
         found = joined.history.look(latent, rope, trust_unversioned=trust_unversioned)
         if found is not Look.SAME:
             joined.current = False
@@ -78,6 +100,11 @@ class JoinedKeys:
         joined.history.remember(latent, rope)
         self._joined.set(latent, rope, joined)
 
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The joined rows and their planes."""
+        joined = self._joined.get(key, value)
+        return () if joined is None else present(joined.rows, joined.planes)
+
     def _renew_planes(self, joined: Joined, planes: torch.Tensor, latent: torch.Tensor, *, worthwhile: bool) -> None:
         if worthwhile:
             self._builder.rebuild(planes, joined.rows, latent, latent.shape[2])
@@ -90,6 +117,8 @@ class JoinedKeys:
 class LatentBuffers(AppendBuffers):
     """Append buffers whose pasts are latents ``[B, 1, L, R]`` and rope keys ``[B, 1, L, Dr]``: K is both side by side, V the
     latents once more, in a tensor of their own."""
+
+    kind: ClassVar[str] = "latent_dynamic"
 
     def with_capacity(
         self, past_key: torch.Tensor, past_value: torch.Tensor, capacity: int
@@ -115,4 +144,4 @@ def _create(latent: torch.Tensor, rope: torch.Tensor, *, with_planes: bool) -> J
     with torch_private.normal_tensors():
         rows = latent.new_empty(_shape(latent, rope))
         planes = torch.zeros(arena_layout(rows, latent).total, dtype=torch.uint8, device=latent.device) if with_planes else None
-    return Joined(rows, planes)
+    return Joined(rows, planes, latent.data_ptr())

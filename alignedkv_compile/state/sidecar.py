@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from .. import torch_private
-from ..layout import PLANES_STALE, arena_layout
+from ..layout import PLANES_STALE, SCALES_BYTES, arena_layout
 from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
+from .usage import CacheUsage
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +107,15 @@ class Sidecar:
         self.valid = True
 
 
+def _written_rows(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Rows of the first head that hold anything but zeros; waits for the device. None when the arena is of another size."""
+    layout, rows = arena_layout(key, value), key.shape[2]
+    if planes.numel() != layout.total:
+        return None
+    headers = planes[layout.scales : layout.scales + rows * SCALES_BYTES].view(torch.int32)
+    return int(headers.count_nonzero())
+
+
 def _empty_arena(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """All zero, hence stale."""
     with torch_private.normal_tensors():
@@ -125,6 +136,20 @@ class SidecarStore:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def usage(self) -> Iterator[CacheUsage]:
+        """See :class:`.usage.UsageSource`. A row counts as live when it holds anything but zeros, and its planes are kept."""
+        for key, value, sidecar in self._pairs.items():
+            planes = sidecar.planes
+            yield CacheUsage(
+                kind="static",
+                address=key.data_ptr(),
+                cache_bytes=key.nbytes + value.nbytes,
+                plane_bytes=planes.nbytes,
+                copy_bytes=0,
+                rows=_written_rows(planes, key, value) if sidecar.valid else None,
+                capacity=key.shape[2],
+            )
 
     def before_call(
         self,
@@ -178,6 +203,11 @@ class SidecarStore:
             self._refresh(sidecar, key, value)
             sidecar.record(key, value)
         return sidecar
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The pair's planes, if there are any."""
+        sidecar = self._pairs.get(key, value)
+        return () if sidecar is None else (sidecar.planes,)
 
     def _is_alive(self, history: RebuildHistory) -> bool:
         """Whether the tensors that a history is about still exist."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
+
+from .usage import CacheUsage
 
 
 class Builder(Protocol):
@@ -23,10 +26,21 @@ class Builder(Protocol):
         """
 
 
+def present(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Those that are there: planes are optional."""
+    return tuple(tensor for tensor in tensors if tensor is not None)
+
+
 class Store(Protocol):
     """State of one kind of cache."""
 
     def __init__(self, builder: Builder) -> None: ...
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is kept for a pair of cache tensors, with the buffers that they view; nothing for a pair that is not known."""
+
+    def usage(self) -> Iterable[CacheUsage]:
+        """See :class:`.usage.UsageSource`."""
 
 
 AnyStore = TypeVar("AnyStore", bound=Store)
@@ -52,3 +66,14 @@ class Stores:
                 store = self._stores[kind] = kind(self._builder)
         assert isinstance(store, kind)
         return store
+
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors that any store keeps for a pair of cache tensors."""
+        with self._lock:
+            stores = list(self._stores.values())
+        return tuple(tensor for store in stores for tensor in store.beside(key, value))
+
+    def usage(self) -> Iterator[CacheUsage]:
+        """What all stores hold."""
+        for store in list(self._stores.values()):
+            yield from store.usage()

@@ -81,6 +81,13 @@ class WeakPairMap(Generic[Value]):
     def __iter__(self) -> Iterator[Value]:
         return iter([entry[1] for entry in list(self._entries.values())])
 
+    def items(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, Value]]:
+        """``(first, second, value)`` of every entry whose tensors are alive."""
+        for _, value, first_reference, second_reference in list(self._entries.values()):
+            first, second = first_reference(), second_reference()
+            if first is not None and second is not None:
+                yield first, second, value
+
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()

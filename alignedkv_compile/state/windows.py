@@ -10,6 +10,8 @@ anew.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +19,9 @@ import torch
 from .. import torch_private
 from ..layout import PLANES_STALE, arena_layout, padded_rows
 from .copies import CopyHistory, Look
-from .stores import Builder
+from .stores import Builder, present
 from .tensor_identity import WeakPairMap
+from .usage import CacheUsage
 
 
 def window_capacity(rows: int) -> int:
@@ -26,7 +29,7 @@ def window_capacity(rows: int) -> int:
     return padded_rows(rows + rows // 2 + 1)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Window:
     """Storage of one layer's window with room behind it.
 
@@ -35,6 +38,8 @@ class Window:
         value: ``[B, H, C, Dv]``.
         planes: uint8 arena for ``C`` rows, or None.
         position: int64 ``[1]``, holds ``end`` for the graph.
+        rows: ``W``.
+        address: of the cache, when the window was made.
         end: as above.
         history: whether the cache is as the last call left it.
         note: why the planes are stale, or "".
@@ -44,6 +49,8 @@ class Window:
     value: torch.Tensor
     planes: torch.Tensor | None
     position: torch.Tensor
+    rows: int
+    address: int
     end: int = 0
     history: CopyHistory = field(default_factory=CopyHistory)
     note: str = ""
@@ -60,10 +67,26 @@ class Windows:
 
     def __init__(self, builder: Builder) -> None:
         self._windows: WeakPairMap[Window] = WeakPairMap()
+        self._alive: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary()
         self._builder = builder
 
     def __len__(self) -> int:
         return len(self._windows)
+
+    def usage(self) -> Iterator[CacheUsage]:
+        """See :class:`.usage.UsageSource`. Windows that a call is working on are in no entry; they count as well."""
+        for window in (reference() for reference in self._alive.valuerefs()):
+            if window is not None:
+                copies = window.key.nbytes + window.value.nbytes
+                yield CacheUsage(
+                    kind="window",
+                    address=window.address,
+                    cache_bytes=copies // window.key.shape[2] * window.rows,
+                    plane_bytes=0 if window.planes is None else window.planes.nbytes,
+                    copy_bytes=copies,
+                    rows=window.rows,
+                    capacity=window.rows,
+                )
 
     def before_call(
         self, key: torch.Tensor, value: torch.Tensor, new_rows: int, *, with_planes: bool, trust_unversioned: bool
@@ -93,6 +116,11 @@ class Windows:
         window.history.remember(key, value)
         self._windows.set(key, value, window)
 
+    def beside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The window's rows and planes."""
+        window = self._windows.get(key, value)
+        return () if window is None else present(window.key, window.value, window.planes)
+
     def _create(self, key: torch.Tensor, value: torch.Tensor, capacity: int, with_planes: bool) -> Window:
         with torch_private.normal_tensors():
             buffers = [cache.new_zeros(*cache.shape[:2], capacity, cache.shape[3]) for cache in (key, value)]
@@ -100,7 +128,9 @@ class Windows:
             if with_planes:
                 planes = torch.zeros(arena_layout(*buffers).total, dtype=torch.uint8, device=key.device)
             position = torch.zeros(1, dtype=torch.int64, device=key.device)
-        return Window(buffers[0], buffers[1], planes, position)
+        window = Window(buffers[0], buffers[1], planes, position, key.shape[2], key.data_ptr())
+        self._alive[id(window)] = window
+        return window
 
     def _copy(self, window: Window, key: torch.Tensor, value: torch.Tensor, *, with_planes: bool) -> None:
         rows = key.shape[2]

@@ -33,6 +33,7 @@ class CroppedKind:
     """Concatenations of a graph input with new rows, of which the graph returns the last rows."""
 
     name = "cropped"
+    holds_planes = False
     uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

@@ -27,6 +27,7 @@ class DynamicKind:
     """Concatenations of a graph input with new rows that the graph returns."""
 
     name = "dynamic"
+    holds_planes = False
     uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

@@ -134,6 +134,10 @@ class CacheKind(Protocol):
         """For people."""
 
     @property
+    def holds_planes(self) -> bool:
+        """Whether the cache is made of planes, so that none are kept beside it."""
+
+    @property
     def uncertifiable(self) -> str:
         """Why the certificate of a read says nothing about the attention's output, or ""."""
 

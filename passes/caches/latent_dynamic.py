@@ -62,6 +62,7 @@ class LatentDynamicKind:
     """K and V expanded from concatenations of a graph input with new rows that the graph returns."""
 
     name = "dynamic latents"
+    holds_planes = False
     uncertifiable = UNCERTIFIABLE
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

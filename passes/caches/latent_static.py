@@ -52,6 +52,7 @@ class LatentStaticKind:
     """K and V expanded from placeholders that the graph writes rows of."""
 
     name = "static latents"
+    holds_planes = False
     uncertifiable = UNCERTIFIABLE
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

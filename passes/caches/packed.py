@@ -41,6 +41,7 @@ class PackedKind:
     """K and V that come out of an arena."""
 
     name = "packed"
+    holds_planes = True
     uncertifiable = (
         "a cache made of planes holds no other copy of its rows for a certified read to take; use a cache of transformers with"
         " guarantee='worst_case'"
@@ -60,11 +61,11 @@ class PackedKind:
             raise Declined(Reason.DEVICE, "a cache made of planes is read by generated C++ only; its rows are decoded here")
         call, query = candidate.call, candidate.call.query
         if is_prefill(call) and isinstance(query, Node):  # which may read a part of the rows, those at hand say
-            operands = (
+            keys, values = (
                 CacheOperand(_node(load, argument), rows, (), Repeats(1)) for argument, rows in ((_KEY, key), (_VALUE, value))
             )
             rows = example_size(fake(query).shape[-2])
-            return AttentionSite(candidate.index, call, self, Outcome.PREFILL, query, *operands, (), 0.0, rows)
+            return AttentionSite(candidate.index, call, self, Outcome.PREFILL, query, keys, values, (), 0.0, rows)
         _check_stored(load, call.node, facts)
         return site_over(
             call, self, candidate.index, _operand(candidate.key, load, _KEY), _operand(candidate.value, load, _VALUE)
@@ -121,19 +122,20 @@ class PackedPair:
 
     @property
     def preallocated(self) -> tuple[Node, ...]:
-        planes = {site.key.rows.args[0].args[_PLANES] for site in self.sites}  # type: ignore[union-attr]
-        return tuple(node for node in planes if operation(node) == "placeholder")  # type: ignore[arg-type]
+        planes = {_node(_load_of(site), _PLANES) for site in self.sites}
+        return tuple(node for node in planes if operation(node) == "placeholder")
 
     def expected(self, options: AlignmentOptions) -> Expected:
         operands = [operand for site in self.sites for operand in (site.key, site.value)]
-        removed = {node.name for operand in operands for node in (*operand.chain, operand.rows, operand.rows.args[0])}
+        removed = {node.name for operand in operands for node in (*operand.chain, operand.rows)}
+        removed |= {_load_of(site).name for site in self.sites}
         reads = sum(site.outcome is Outcome.REWRITTEN for site in self.sites)
         return Expected(frozenset(removed), frozenset(), 0, packed_reads=reads)
 
     def rewrite(self, number: int, editor: GraphEditor, options: AlignmentOptions, statistics: StatisticsInputs) -> None:
         for site in self.sites:
             if site.outcome is Outcome.REWRITTEN:
-                load = site.key.rows.args[0]
+                load = _load_of(site)
                 replace_attention(site, editor, options, statistics, functools.partial(self._read, load))
                 editor.erase_unused((site.key.rows, site.value.rows, load))
 
@@ -147,6 +149,12 @@ def _loaded(rows: Node) -> Node | None:
         return None
     load = rows.args[0]
     return load if isinstance(load, Node) and load.target is load_rows.default else None
+
+
+def _load_of(site: AttentionSite) -> Node:
+    load = _loaded(site.key.rows)
+    assert load is not None
+    return load
 
 
 def _check_stored(load: Node, attention: Node, facts: GraphFacts) -> None:

@@ -34,6 +34,7 @@ class ReadOnlyKind:
     """Placeholders that the graph does not write."""
 
     name = "read-only"
+    holds_planes = False
     uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

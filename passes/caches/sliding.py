@@ -75,6 +75,7 @@ class SlidingKind:
     """Placeholders that the graph shifts."""
 
     name = "sliding"
+    holds_planes = False
     uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

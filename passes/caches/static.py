@@ -55,6 +55,7 @@ class StaticKind:
     """Placeholders that the graph writes rows of."""
 
     name = "static"
+    holds_planes = False
     uncertifiable = ""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:

@@ -216,9 +216,12 @@ def test_an_internal_error_falls_back_visibly(
 
 def test_inference_mode(steps: Any) -> None:
     with torch.inference_mode():
-        compiled = compile_step(steps.static, tolerance=2.0)
+        compiled = compile_step(steps.static, tolerance=2.0, min_context=0, stats=True)
         compare_static(compiled, steps, steps.inputs(96), 3)
-        assert NO_VERSION_COUNTER in alignedkv_compile.report().graphs[0].notes
+        report = alignedkv_compile.report()
+        assert (report.rewritten, report.declined) == (1, 0)
+        assert alignedkv_compile.stats().fraction == 1.0, "every bit is read, and no more"
+        assert NO_VERSION_COUNTER in report.graphs[0].notes
         assert NO_VERSION_COUNTER in str(alignedkv_compile.report())
         trusting = compile_step(steps.static, tolerance=2.0, assume_exclusive_cache=True)
         alignedkv_compile.reset_report()

@@ -34,6 +34,7 @@ def test_every_option_is_taken() -> None:
         "stats": True,
         "accuracy": "torch.float16",
         "assume_exclusive_cache": True,
+        "shadow_every": 1000,
         "inductor": {"freezing": True, "max-autotune": False},
     }
     assert set(given) == set(OPTION_NAMES)
@@ -42,6 +43,7 @@ def test_every_option_is_taken() -> None:
     assert options.certified
     assert options.accuracy is torch.float16
     assert options.assume_exclusive_cache
+    assert options.shadow_every == 1000
     assert options.inductor_patches()["freezing"] is True
     assert options.inductor_patches()["max_autotune"] is False  # overrides the mode
     assert options.inductor_patches()["coordinate_descent_tuning"] is True
@@ -89,6 +91,8 @@ def test_unit_roundoff() -> None:
         (None, {"guarantee": "worst"}, OptionValueError, ["'guarantee'", "'worst'", "'expected' or 'worst_case'"]),
         (None, {"guarantee": True}, OptionValueError, ["'guarantee'", "True"]),
         (None, {"min_context": 1.5}, OptionValueError, ["'min_context'", "1.5", "int >= 0"]),
+        (None, {"shadow_every": -1}, OptionValueError, ["'shadow_every'", "-1", "int >= 0"]),
+        (None, {"shadow_every": True}, OptionValueError, ["'shadow_every'", "True"]),
         (None, {"strict": 1}, OptionValueError, ["'strict'", "True or False"]),
         (None, {"accuracy": "int8"}, OptionValueError, ["'accuracy'", "'int8'", "bfloat16, float16, float32"]),
         (None, {"accuracy": torch.int8}, OptionValueError, ["torch.int8"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import alignedkv_compile
 from alignedkv_compile.errors import CacheRowsError, OptionValueError
+from alignedkv_compile.state.usage import cache_usage
 from alignedkv_compile.storage import PACKED
 
 CONFIG = LlamaConfig(
@@ -167,3 +169,16 @@ def test_what_cannot_be_held_is_refused() -> None:
     full = alignedkv_compile.Cache(CONFIG, "8bit", 10)
     with pytest.raises(IndexError, match="10 rows"):
         write(full, new_rows(11))
+
+
+def test_metrics_see_what_is_held() -> None:
+    ours, _ = both()
+    records = {record.address: record for record in cache_usage()}
+    for layer in ours.layers:
+        record = records[layer.planes.data_ptr()]
+        assert (record.kind, record.rows, record.capacity) == ("lossless", 27, layer.capacity)
+        assert record.cache_bytes == layer.nbytes
+    address = ours.layers[0].planes.data_ptr()
+    del ours, layer
+    gc.collect()
+    assert address not in {record.address for record in cache_usage()}

@@ -17,8 +17,8 @@ runner = CliRunner()
 def test_help_lists_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert "demo" in result.output
-    assert "env" in result.output
+    for command in ("demo", "eval", "env", "bench-models", "compare", "plot"):
+        assert f" {command} " in result.output
 
 
 def test_help_does_not_import_transformers():

@@ -14,11 +14,15 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignedkv_compile.demo import document, environment, model, render
-from alignedkv_compile.demo.measure import BytesRead, Comparison, Timing, calls_per_comparison, compare
+from alignedkv_compile.demo.held import held_bytes
+from alignedkv_compile.demo.measure import WARM_UP, BytesRead, Comparison, Timing, calls_per_comparison, compare
 from alignedkv_compile.demo.prefill import prefill
 from alignedkv_compile.demo.quality import Continuation, first_difference, greedy, teacher_forced
 from alignedkv_compile.demo.result import QUICK, Result, Settings
 from alignedkv_compile.demo.variants import ALIGNED, COMPILED, EAGER, Variant
+from alignedkv_compile.state.append_buffers import AppendBuffers
+from alignedkv_compile.state.sidecar import SidecarStore
+from alignedkv_compile.state.stores import Stores
 
 VOCABULARY = 64
 
@@ -152,6 +156,10 @@ def test_every_variant_decodes_the_same_tokens_in_turns(llama: Any, tokens: torc
     for variant in variants:
         assert [position for name, position in calls if name == variant.name] == list(range(60, 60 + calls_per_comparison(6)))
         assert len(comparison.of(variant.name).token_ms) == 6
+        rows = [128] * 6 if kind == "static" else range(60 + 1 + WARM_UP + 1, 60 + calls_per_comparison(6) + 1)
+        kept = comparison.of(variant.name).held_bytes
+        assert [held - kept[0] for held in kept] == [2 * 2 * 2 * 8 * 2 * (count - rows[0]) for count in rows]
+        assert 0 <= kept[0] - 2 * 2 * 2 * 8 * 2 * rows[0] < 200, "beside K and V only the lengths of layers are held"
     # Opening calls variant by variant, then bursts of four and two that start with another variant each round.
     assert [name for name, _ in calls][6:] == [EAGER] * 4 + [COMPILED] * 4 + [COMPILED] * 2 + [EAGER] * 2
     assert comparison.bytes is None
@@ -178,12 +186,13 @@ def test_result_renders_and_saves(tmp_path: Path, llama: Any, tokens: torch.Tens
     past, reference = prefill(llama, tokens[:, :68], 8)
     quality = teacher_forced(Variant(EAGER, llama), past.static_cache(60, 128), 60, tokens[:, 60:], reference)
     timings = tuple(
-        Timing(name, "static", 60, 1.0, (0.1, 0.1), (time, time, 3 * time))
+        Timing(name, "static", 60, 1.0, (0.1, 0.1), (time, time, 3 * time), (1000, 1000, 1000))
         for name, time in ((EAGER, 20.0), (COMPILED, 40.0), (ALIGNED, 10.0))
     )
-    comparison = Comparison("static", 60, timings, BytesRead(25, 100))
+    comparison = Comparison("static", 60, timings, BytesRead(((10, 5), (4, 6)), ((25, 25), (25, 25))))
     assert comparison.speedup(ALIGNED, EAGER) == 2.0
     assert comparison.speedup(ALIGNED, COMPILED) == 4.0
+    assert comparison.best_stock == EAGER
     result = Result(
         model="tiny",
         document=document.long_document(CharacterTokenizer(), 120),
@@ -200,9 +209,47 @@ def test_result_renders_and_saves(tmp_path: Path, llama: Any, tokens: torch.Tens
     text = console.export_text()
     for expected in ("tiny", "alignedkv", "25.0%", "4.00", "all 2 tokens", "first 1 tokens", "2 sites"):
         assert expected in text
+    (line,) = [line for line in text.splitlines() if "times as fast" in line and "60 tokens, static cache" in line]
+    assert "2.00 times as fast (eager 20.0 ms, alignedkv 10.0 ms)" in line
+    found = result.environment
+    assert f"on {found.cpu}, {found.cores} core" in text
+    assert f"ATen {found.capability}, kernels {found.kernels}" in text
     result.write(tmp_path / "folder" / "demo.json")
     saved = json.loads((tmp_path / "folder" / "demo.json").read_text())
     assert saved["comparisons"][0]["bytes"]["fraction"] == 0.25
+    assert saved["comparisons"][0]["bytes"]["read_by_step"] == [[10, 5], [4, 6]]
+    assert saved["comparisons"][0]["best_stock"] == EAGER
     assert saved["comparisons"][0]["timings"][2]["median_ms"] == 10.0
     assert saved["report"] == {"found": 2}
     assert saved["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_held_bytes_count_each_storage_once_and_whole(llama: Any, tokens: torch.Tensor):
+    past, _ = prefill(llama, tokens[:, :68], 8)
+    cache = past.dynamic_cache(60)
+    plain = held_bytes(cache)
+    assert plain == 2 * 2 * 2 * 60 * 8 * 2
+    buffer = torch.zeros(2, 2, 100, 8, dtype=torch.bfloat16)
+    cache.layers[0].keys, cache.layers[0].values = buffer[:1, :, :60], buffer[1:, :, :60]
+    assert held_bytes(cache) == plain // 2 + buffer.nbytes
+
+
+class NoPlanes:
+    """Builds nothing: arenas are only weighed."""
+
+    def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
+        pass
+
+
+def test_planes_and_buffers_count_as_held(llama: Any, tokens: torch.Tensor):
+    past, _ = prefill(llama, tokens[:, :68], 8)
+    static, dynamic, stores = past.static_cache(60, 128), past.dynamic_cache(60), Stores(NoPlanes())
+    before = held_bytes(static, stores), held_bytes(dynamic, stores)
+    key, value = static.layers[0].keys, static.layers[0].values
+    planes = stores.of(SidecarStore).before_call(key, value).planes
+    assert held_bytes(static, stores) == before[0] + planes.nbytes
+    buffers, layer = stores.of(AppendBuffers), dynamic.layers[0]
+    buffer = buffers.before_call(layer.keys, layer.values, 1, with_planes=True)
+    layer.keys, layer.values = buffers.after_call(buffer, 1)
+    assert buffer.planes is not None
+    assert held_bytes(dynamic, stores) == before[1] // 2 + buffer.key.nbytes + buffer.value.nbytes + buffer.planes.nbytes

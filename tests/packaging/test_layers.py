@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +25,8 @@ MAY_NOT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("contract", "reasons", "report", "logs", "statistics"), ("passes", "lowering", "runtime", "backend")),
     "state": ("passes", "lowering", "contract", "plane_builder", "runtime", "backend"),
     "plane_builder": ("passes", "runtime", "backend"),
-    "runtime": ("passes", "backend"),
+    "runtime": ("passes", "backend", "metrics"),
+    "metrics": ("passes", "lowering", "runtime", "backend"),
     "lowering": ("passes", "reference", "backend", "runtime"),
     "passes": ("lowering", "reference", "plane_builder", "runtime", "backend"),
 }
@@ -118,3 +120,29 @@ def test_no_module_imports_itself_through_others():
 
 def test_every_exception_is_still_needed():
     assert all(name in GRAPH[module] for module, name in {*KNOWN_CYCLES, *DEFERRED})
+
+
+TABLE_ROW = re.compile(r"^\| (`[^|]*`) \| [^|]* \|([^|]*)\|$", re.MULTILINE)
+
+
+def named_layers(cell: str) -> set[str]:
+    """The layers that a cell of CONTRIBUTING.md's table names in backticks."""
+    return {name.rstrip("/*") for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def documented_imports() -> list[tuple[set[str], set[str]]]:
+    """For each row of the table: its layers, and what they import of others."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("| modules of `alignedkv_compile` |") : text.index("The table is exact")]
+    return [(named_layers(modules), named_layers(names)) for modules, names in TABLE_ROW.findall(table)]
+
+
+def test_contributing_names_every_layer_once():
+    rows = [layers for layers, _ in documented_imports()]
+    assert sorted(name for layers in rows for name in layers) == sorted({layer(module) for module in SOURCES} - {""})
+
+
+@pytest.mark.parametrize(("layers", "expected"), documented_imports(), ids=lambda names: "+".join(sorted(names)) or "nothing")
+def test_contributing_says_what_each_layer_imports(layers: set[str], expected: set[str]):
+    found = {layer(name) for module in SOURCES if layer(module) in layers for name in GRAPH[module]}
+    assert found - layers == expected

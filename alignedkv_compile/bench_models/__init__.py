@@ -1,0 +1,1 @@
+"""``alignedkv bench-models``: the demo's measurements over several models, as one table."""
