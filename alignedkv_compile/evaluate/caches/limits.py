@@ -36,8 +36,6 @@ LIMITS: tuple[Limit, ...] = (
     Limit(EIGHT_BIT.name, "lost", 0),
     Limit(FOUR_BIT_PLUS.name, "bytes", 0.35),
     Limit(FOUR_BIT_PLUS.name, "kl_fp32", 1.0, "HF quanto 4-bit"),
-    # That another package's cache is what it was shows that the measurement has not moved.
-    Limit("HF hqq 8-bit", "bytes", 0.55),
 )
 
 
