@@ -34,6 +34,7 @@ def test_every_option_is_taken() -> None:
         "stats": True,
         "accuracy": "torch.float16",
         "assume_exclusive_cache": True,
+        "memory": "planes",
         "shadow_every": 1000,
         "inductor": {"freezing": True, "max-autotune": False},
     }
@@ -43,6 +44,8 @@ def test_every_option_is_taken() -> None:
     assert options.certified
     assert options.accuracy is torch.float16
     assert options.assume_exclusive_cache
+    assert options.memory == "planes"
+    assert options.without_planes.tolerance == 0.0
     assert options.shadow_every == 1000
     assert options.inductor_patches()["freezing"] is True
     assert options.inductor_patches()["max_autotune"] is False  # overrides the mode

@@ -46,7 +46,7 @@ def cache_for(model: Any, mode: str, room: str) -> Any:
     return alignedkv_compile.Cache(model.config, mode, ROOM[room])
 
 
-@pytest.mark.parametrize("room", ROOM)
+@pytest.mark.parametrize("room", ["growing", pytest.param("static", marks=slow)])
 def test_a_lossless_cache_generates_what_stock_does(room: str) -> None:
     model = llama()
     twins = Twins(model)
@@ -62,7 +62,7 @@ def test_a_lossless_cache_generates_what_stock_does(room: str) -> None:
     assert twins.backend.declined.total() <= (room == "static")  # a prompt of seven rows takes a part of the cache, causally
 
 
-@pytest.mark.parametrize("mode", ["8bit", "4bit+"])
+@pytest.mark.parametrize("mode", [pytest.param("8bit", marks=slow), "4bit+"])
 def test_compiled_code_reads_what_eager_code_decodes(mode: str) -> None:
     """The numbers of a lossy cache differ from stock's; those of compiled and eager code may differ by order of sums only."""
     twins = Twins(llama(layers=2))
@@ -85,6 +85,7 @@ def test_a_cache_needs_no_compiler(mode: str, room: str) -> None:
     assert_same(actual, expected, {"lossless": SUMMATION}.get(mode, 0.05))  # of logits around 1
 
 
+@slow
 def test_a_growing_cache_makes_no_graph_for_its_growth() -> None:
     twins = Twins(llama())
     cache = cache_for(twins.stock, "lossless", "growing")

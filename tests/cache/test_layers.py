@@ -139,8 +139,8 @@ def test_planes_are_what_safetensors_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", PACKED)
-@pytest.mark.parametrize("rows", [1024, 1500, 4096])
-@pytest.mark.parametrize("room", ["growing", "static"])
+@pytest.mark.parametrize("rows", [1024, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1500, 4096))])
+@pytest.mark.parametrize("room", ["growing", pytest.param("static", marks=pytest.mark.slow)])
 def test_held_bytes(mode: str, rows: int, room: str) -> None:
     """Of the storages themselves, after rows were appended one part at a time."""
     cache = alignedkv_compile.Cache(CONFIG, mode, None if room == "growing" else rows)
