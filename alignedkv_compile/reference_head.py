@@ -32,16 +32,19 @@ def dither(positions: torch.Tensor) -> torch.Tensor:
 
 def hadamard(rows: torch.Tensor) -> torch.Tensor:
     """Orthonormal block Hadamard transform of the last dimension, float32; its own inverse."""
-    blocks = []
-    for block in rows.float().split(hadamard_blocks(rows.shape[-1]), -1):
-        size, half = block.shape[-1], 1
-        while half < size:
-            pairs = block.reshape(*rows.shape[:-1], size // (2 * half), 2, half)
-            low, high = pairs[..., 0, :], pairs[..., 1, :]
-            block = torch.stack([low + high, low - high], -2).reshape(*rows.shape[:-1], size)
-            half *= 2
-        blocks.append(block * size**-0.5)
-    return torch.cat(blocks, -1)
+    blocks = rows.float().split(hadamard_blocks(rows.shape[-1]), -1)
+    return torch.cat([butterflies(block) * block.shape[-1] ** -0.5 for block in blocks], -1)
+
+
+def butterflies(block: torch.Tensor) -> torch.Tensor:
+    """Hadamard transform of the last dimension, a power of two, without its norm; exact for integers."""
+    size, half = block.shape[-1], 1
+    while half < size:
+        pairs = block.reshape(*block.shape[:-1], size // (2 * half), 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        block = torch.stack([low + high, low - high], -2).reshape(block.shape)
+        half *= 2
+    return block
 
 
 @dataclass

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from .layout import CODE_RANGE, HI_STEP, MID_STEP, hadamard_blocks
-from .reference_head import dither
+from .reference_head import butterflies, dither
 
 PREFIX_BYTES = 4
 """Bytes of a residual in front of its bits."""
@@ -69,7 +69,7 @@ def key_centers(codes: torch.Tensor, scale: torch.Tensor, positions: torch.Tenso
     """
     blocks, start = [], 0
     for size in hadamard_blocks(codes.shape[-1]):
-        block = _integer_transform(codes[..., start : start + size].to(torch.int32) * 2 - (CODES - 1))
+        block = butterflies(codes[..., start : start + size].to(torch.int32) * 2 - (CODES - 1))
         numbers = block.to(torch.float32)
         numbers[..., 0] -= dither(positions) * float(size * (HI_STEP // (MID_STEP // 2)))
         blocks.append(numbers * (scale * block_gain(size))[..., None])
@@ -174,17 +174,6 @@ def decode_residual(
     )
     rows = torch.where(raw[..., None], verbatim.contiguous().view(dtype)[..., 0], rows)
     return rows[..., :key_dim], rows[..., key_dim:]
-
-
-def _integer_transform(block: torch.Tensor) -> torch.Tensor:
-    """Hadamard transform of the last dimension without its norm, in integers."""
-    size, half = block.shape[-1], 1
-    while half < size:
-        pairs = block.reshape(*block.shape[:-1], size // (2 * half), 2, half)
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        block = torch.stack([low + high, low - high], -2).reshape(block.shape)
-        half *= 2
-    return block
 
 
 def _intervals(

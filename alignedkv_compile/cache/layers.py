@@ -224,6 +224,8 @@ class GrowingPackedLayer(PackedLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of rows to remove as a negative integer, not {tokens_to_remove}")
         self.length = max(self.length + tokens_to_remove, 0)
+        if self.planes is not None:  # rows that come from here on are in the window again, however many were removed
+            self.planes[8:16].view(torch.int64).clamp_(max=self.length)
 
     def reset(self) -> None:
         self.planes, self.is_initialized, self.length, self.capacity = None, False, 0, 0
@@ -279,9 +281,9 @@ class StaticPackedLayer(PackedLayer):
         assert self.planes is not None
         new = key_states.shape[-2]
         positions = torch.arange(new, device=key_states.device) + self.cumulative_length
-        self.cumulative_length.add_(new)
         call = (self.planes, key_states, value_states, positions)
         rows.store(*call, self.capacity, self.storage)
+        self.cumulative_length.add_(new)
         return rows.load(*call, self.capacity, self.capacity, self.storage)
 
     def get_seq_length(self) -> int | torch.Tensor:

@@ -153,6 +153,26 @@ def test_held_bytes(mode: str, rows: int, room: str) -> None:
     assert held <= LIMITS[mode] * 2 * 2 * 2 * rows * DIM * 2
 
 
+def test_rows_after_a_crop_are_in_the_window_again() -> None:
+    """More rows are removed than the window has: what comes then is held in 8 bits all the same."""
+    cache = alignedkv_compile.Cache(CONFIG, "4bit+")
+    write(cache, new_rows(600, batch=1, dtype=torch.float32))
+    cache.crop(-300)
+    new = new_rows(20, batch=1, seed=1, dtype=torch.float32)
+    write(cache, new)
+    value = new[0][1]
+    step = value.abs().amax(-1, keepdim=True) * (16 / 15) * (17 / 16) / 128
+    assert ((cache.layers[0].values[:, :, -20:] - value).abs() / step).max() <= 0.5 + 1e-3
+
+
+def test_a_full_static_cache_says_so_and_stays_as_it_is() -> None:
+    cache = alignedkv_compile.Cache(CONFIG, "8bit", 10)
+    write(cache, new_rows(9))
+    with pytest.raises(IndexError, match="10 rows"):
+        write(cache, new_rows(2))
+    assert int(cache.get_seq_length()) == 9
+
+
 def test_what_cannot_be_held_is_refused() -> None:
     with pytest.raises(OptionValueError, match="lossless"):
         alignedkv_compile.Cache(CONFIG, "16bit")
