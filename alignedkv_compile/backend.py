@@ -10,6 +10,7 @@ import torch.fx
 
 from . import lowering, passes, torch_private
 from .contract import Outcome, SiteReport
+from .cost import priced
 from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
@@ -64,7 +65,7 @@ def alignedkv(
 def _compile_rewritten(
     gm: torch.fx.GraphModule, example_inputs: Sequence[object], options: Options, graph_report: GraphReport
 ) -> Callable[..., Sequence[object]]:
-    rewritten = passes.rewrite_graph(gm, example_inputs, options=options)
+    rewritten = passes.rewrite_graph(gm, example_inputs, options=priced(options))
     graph_report.sites = rewritten.sites
     log_sites(graph_report.name, rewritten.sites)
     declined = [site for site in rewritten.sites if site.outcome is Outcome.DECLINED]

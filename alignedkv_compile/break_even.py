@@ -1,11 +1,15 @@
 """From which context on fewer bytes are fewer microseconds: the default of the option ``min_context``.
 
-The aligned read does more per call than the 16-bit stream (on a GPU it has three launches, and waits twice for the last program
-of a pair) and less per row. On a GPU it gains from ``ROWS_PER_PROCESSOR`` rows of K per multiprocessor on, over all pairs of
-the call; the pairs share them, so a batch gains at shorter contexts.
+The aligned read does more per call than the 16-bit stream and less per byte, so it pays from some context on, if at all. On a
+CPU where that is depends on the machine and on the read: :mod:`alignedkv_compile.cost` measures it, and without measurements
+:data:`LEAST_CONTEXT` holds. A GPU's aligned read has three launches and waits twice for the last program of a pair; it gains
+from ``ROWS_PER_PROCESSOR`` rows of K per multiprocessor on, over all pairs of the call; the pairs share them, so a batch gains
+at shorter contexts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -14,23 +18,47 @@ from .layout import BLOCK_ROWS
 LEAST_CONTEXT = 512
 """Rows below which there is nothing to save on any device: block means and thresholds need some."""
 
+NEVER = 2**31 - 1
+"""A context that no cache reaches: reading every bit is the faster read at any."""
+
 ROWS_PER_PROCESSOR = 1024
 """An estimate until ``make sweep-gpu`` has measured it. On an H200 (132 multiprocessors) prototypes of the two reads took 66
 and 110 microseconds per million rows of 512 bytes, so a row saves 44 picoseconds; two more launches and their tails are put at
 6 microseconds. That is 136,000 rows, 1,030 per multiprocessor; with fewer of them a row saves more time in proportion."""
 
 
-def least_context(device: torch.device, pairs: int) -> int:
-    """Live rows below which a call should read every bit.
+@dataclass(frozen=True)
+class ReadShape:
+    """What the time of a read depends on, beside the context and the numbers in it.
 
-    Args:
+    Attributes:
         device: of the cache.
+        dtype: of its numbers.
         pairs: KV heads times batch of the call.
+        group: query heads per KV head; several query rows are taken to gain as one does.
+        key_dim, value_dim: head dimensions of K and V.
+        capacity: rows that the cache can hold, None where that is open.
     """
-    if device.type == "cpu":
+
+    device: torch.device
+    dtype: torch.dtype
+    pairs: int
+    group: int
+    key_dim: int
+    value_dim: int
+    capacity: int | None = None
+
+    def can_reach(self, context: int) -> bool:
+        """Whether the cache ever holds so many rows."""
+        return context < NEVER and (self.capacity is None or context <= self.capacity)
+
+
+def least_context(read: ReadShape) -> int:
+    """Live rows below which a call should read every bit, where nothing has been measured."""
+    if read.device.type == "cpu":
         return LEAST_CONTEXT
-    rows = ROWS_PER_PROCESSOR * _processors(device)
-    return max(LEAST_CONTEXT, -(-rows // (max(pairs, 1) * BLOCK_ROWS)) * BLOCK_ROWS)
+    rows = ROWS_PER_PROCESSOR * _processors(read.device)
+    return max(LEAST_CONTEXT, -(-rows // (max(read.pairs, 1) * BLOCK_ROWS)) * BLOCK_ROWS)
 
 
 def _processors(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from . import break_even, torch_private
+from .break_even import ReadShape
 from .errors import OptionValueError, UnknownInductorOptionError, UnknownModeError, UnknownOptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -39,8 +40,12 @@ class Options:
             errors, is at most ``tolerance`` times the rms rounding error. ``"worst_case"``: the error of every single output
             row, whatever the cache holds, is at most ``tolerance * u * ||row||``, in units of the *largest* rounding error;
             the bound is computed from what was read, and :func:`alignedkv_compile.stats` shows it. Fewer bytes are saved.
-        min_context: with fewer live cache rows than this, every bit is read: short contexts have nothing to save. None is what
-            pays on the device (:mod:`alignedkv_compile.break_even`): 512 rows on CPUs, more on GPUs where pairs are few.
+        min_context: with fewer live cache rows than this, every bit is read, as it is faster. None is what pays: on a CPU what
+            was measured there (see ``calibrate``), on a GPU more rows where pairs are few
+            (:mod:`alignedkv_compile.break_even`). Where a cache never reaches it, no planes are kept.
+        calibrate: where ``min_context`` is None, time both reads the first time that a CPU meets a kind of read (dtype, head
+            dimension, query heads per KV head), which takes some seconds, and keep the result beside Inductor's caches. False
+            is 512 rows for every read.
         strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is declined, and
             let internal errors through. A long query that keeps stock attention by design is not declined.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
@@ -60,6 +65,7 @@ class Options:
     tolerance: float = 2.0
     guarantee: str = "expected"
     min_context: int | None = None
+    calibrate: bool = True
     strict: bool = False
     stats: bool = False
     accuracy: torch.dtype | None = None
@@ -77,14 +83,14 @@ class Options:
         """
         return UNIT_ROUNDOFF[self.accuracy or dtype]
 
-    def least_context(self, device: torch.device, pairs: int) -> int:
-        """``min_context``, or what pays on ``device`` with ``pairs`` of KV heads and batch entries when none was asked for."""
-        return break_even.least_context(device, pairs) if self.min_context is None else self.min_context
+    def least_context(self, read: ReadShape) -> int:
+        """``min_context``, or what pays for this kind of read when none was asked for."""
+        return break_even.least_context(read) if self.min_context is None else self.min_context
 
     @property
     def without_planes(self) -> Options:
-        """The same for a cache that no planes may be kept for."""
-        return self if self.memory == "beside" else replace(self, tolerance=0.0)
+        """The same for a cache that no planes are kept for."""
+        return replace(self, tolerance=0.0)
 
     @property
     def certified(self) -> bool:
@@ -185,6 +191,7 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "guarantee": _guarantee,
     "memory": _memory,
     "min_context": _row_count,
+    "calibrate": _flag,
     "strict": _flag,
     "stats": _flag,
     "accuracy": _accuracy,

@@ -13,6 +13,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,6 +242,22 @@ def normal_tensors() -> Iterator[None]:
     """Make tensors that count versions and may be written anywhere, also inside ``torch.inference_mode()``."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Compute with real tensors of our own, whatever modes the compiler that calls us has on; see :func:`normal_tensors`."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), normal_tensors():
+        yield
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it has compiled, now."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def write_trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-EFFECTIVE_KEYS = 128.0
-BISECTION_STEPS = 24
+from alignedkv_compile.cost.inputs import EFFECTIVE_KEYS as EFFECTIVE_KEYS
+from alignedkv_compile.cost.inputs import query_factor, spread
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,13 @@ def synthetic(
 
     key, value = normal(shape.heads, context, dtype), normal(shape.heads, context, dtype)
     direction = normal(shape.query_heads, 1, torch.float32)
-    scores = _scores(direction, key, shape)
-    low, high = 0.0, 64.0
-    for _ in range(BISECTION_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _perplexity(scores * middle) > effective_keys else (low, middle)
-    return Layer((direction * high).to(dtype), key, value)
+    factor = query_factor(_scores(direction, key, shape), effective_keys)
+    return Layer((direction * factor).to(dtype), key, value)
 
 
 def effective_keys(layer: Layer) -> float:
     """Mean over query heads of exp(entropy of the softmax weights)."""
-    return _perplexity(_scores(layer.query.float(), layer.key, layer.shape))
+    return spread(_scores(layer.query.float(), layer.key, layer.shape))
 
 
 def captured(path: Path) -> list[Layer]:
@@ -143,8 +139,3 @@ def _scores(query: torch.Tensor, key: torch.Tensor, shape: Shape) -> torch.Tenso
 def _rows_of_heads(query: torch.Tensor, shape: Shape) -> torch.Tensor:
     """``[B, Hq, 1, D]`` as ``[B * H, group, D]``."""
     return query[:, :, 0].reshape(-1, shape.group, query.shape[3])
-
-
-def _perplexity(scores: torch.Tensor) -> float:
-    weights = scores.log_softmax(-1)
-    return float((-(weights.exp() * weights).sum(-1)).exp().mean())

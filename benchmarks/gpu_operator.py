@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignedkv_compile import lowering
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention
 from alignedkv_compile.options import UNIT_ROUNDOFF, Options
@@ -143,13 +144,18 @@ class Outcome:
     variants: dict[str, Measured]
 
 
+def _shape_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> ReadShape:
+    batch, heads, rows, dim = key.shape
+    return ReadShape(key.device, key.dtype, batch * heads, query.shape[1] // heads, dim, value.shape[3], rows)
+
+
 def read(tolerance: float, min_context: int | None = None) -> Call:
     """This backend's operator, compiled; the planes are not passed when every bit is read."""
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
         scale, unit = key.shape[3] ** -0.5, UNIT_ROUNDOFF[key.dtype]
         arena = planes if tolerance > 0 else None
-        least = Options(min_context=min_context).least_context(key.device, key.shape[0] * key.shape[1])
+        least = Options(min_context=min_context).least_context(_shape_of(query, key, value))
         options = (None, None, key.shape[2], scale, 0.0, tolerance, unit, least)
         return aligned_read_attention.default(query, key, value, arena, *options)
 
@@ -222,7 +228,7 @@ def bytes_share(inputs: Inputs, plan: Plan) -> float:
     """Share of the cache's bytes that the aligned read states to have read."""
     query, key, value, planes = inputs
     counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64, device=key.device)
-    least = Options(min_context=plan.min_context).least_context(key.device, key.shape[0] * key.shape[1])
+    least = Options(min_context=plan.min_context).least_context(_shape_of(query, key, value))
     options = (None, None, key.shape[2], key.shape[3] ** -0.5, 0.0, plan.tolerance, UNIT_ROUNDOFF[key.dtype], least)
     torch.compile(aligned_read_attention.counted, fullgraph=True)(query, key, value, planes, *options, counters, 0)
     counted = dict(zip(COUNTER_FIELDS, counters[0].tolist(), strict=True))

@@ -16,11 +16,11 @@ from .facts import gather_facts
 from .find import find_sites
 from .graph_copy import copy_graph
 from .pair import pair_caches
-from .replace_attention import AlignmentOptions
 from .rewrite import rewrite_pairs
 from .site_report import report_sites
 from .static_inputs import mark_written_caches
 from .verify import snapshot, verify_rewrite
+from .worth import AlignmentOptions
 
 __all__ = ["rewrite_graph"]
 

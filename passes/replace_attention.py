@@ -6,7 +6,6 @@ import abc
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch.fx import Node
@@ -18,40 +17,7 @@ from alignedkv_compile.torch_private import OpOverload
 from .editor import GraphEditor
 from .nodes import constant, example_size, fake, same
 from .records import AttentionSite
-
-
-class AlignmentOptions(Protocol):
-    """What the passes need of :class:`alignedkv_compile.options.Options`."""
-
-    @property
-    def tolerance(self) -> float: ...
-
-    @property
-    def min_context(self) -> int | None: ...
-
-    def least_context(self, device: torch.device, pairs: int) -> int: ...
-
-    @property
-    def without_planes(self) -> AlignmentOptions: ...
-
-    @property
-    def stats(self) -> bool: ...
-
-    @property
-    def certified(self) -> bool: ...
-
-    @property
-    def cuda_graphs(self) -> bool: ...
-
-    @property
-    def shadow_every(self) -> int: ...
-
-    def unit_roundoff(self, dtype: torch.dtype) -> float: ...
-
-
-def options_for(site: AttentionSite, options: AlignmentOptions) -> AlignmentOptions:
-    """The options of one site: no planes may be kept beside a cache where the user wants them in its place only."""
-    return options if site.kind.holds_planes else options.without_planes
+from .worth import AlignmentOptions, least_context
 
 
 @dataclass(frozen=True)
@@ -171,13 +137,6 @@ def _four_dimensional(mask: Node, folded: bool, site: AttentionSite, editor: Gra
     return mask
 
 
-def query_heads(site: AttentionSite) -> int:
-    """``Hq`` of a rewritten site."""
-    if site.call.folded:
-        return constant(fake(site.key.source).shape[1]) * site.key.repeats.count
-    return constant(fake(site.query).shape[1])
-
-
 def replace_attention(
     site: AttentionSite,
     editor: GraphEditor,
@@ -238,14 +197,6 @@ def _heads_swapped(node: Node, dim: int, tiles: tuple[int, int], editor: GraphEd
     """Heads ``a * tiles[1] + b`` of a dimension in the order ``b * tiles[0] + a``."""
     apart = editor.method("unflatten", node, dim, tiles)
     return editor.method("flatten", editor.method("transpose", apart, dim, dim + 1), dim, dim + 1)
-
-
-def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
-    """Live rows below which a site's read takes every bit; where rows have to be decoded for that, fewer bits always pay."""
-    if site.kind.holds_planes:
-        return options.min_context or 0
-    cache = fake(site.key.source)
-    return options.least_context(cache.device, int(example_size(cache.shape[0])) * int(example_size(cache.shape[1])))
 
 
 def _with_strides_of(original: torch.Tensor, result: Node, editor: GraphEditor) -> Node:

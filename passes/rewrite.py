@@ -17,8 +17,9 @@ from .caches.kind import Positions, RewrittenPair
 from .editor import GraphEditor
 from .nodes import fake
 from .records import Pairing
-from .replace_attention import AlignmentOptions, StatisticsInputs, options_for, query_heads
+from .replace_attention import StatisticsInputs
 from .shadow_outputs import return_reads, shadow_reads
+from .worth import AlignmentOptions, options_for, query_heads
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import re
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import LEAST_CONTEXT, NEVER
 from alignedkv_compile.contract import Outcome, SiteReport
 
 from .nodes import fake, is_symbolic, tensor_of
 from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Pairing
-from .replace_attention import AlignmentOptions, least_context, options_for
+from .worth import AlignmentOptions, least_context, options_for
 
 log = logging.getLogger("alignedkv_compile.passes")
 
@@ -44,12 +45,17 @@ def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
 
 
 def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
-    """For which contexts a rewritten site reads every bit, where the device or the option ``memory`` decides that."""
-    if options.tolerance > 0 and options_for(site, options).tolerance == 0:
-        return "every bit: memory='planes' keeps none beside this cache (alignedkv_compile.Cache is made of them)"
-    if fake(site.key.rows).device.type == "cpu" or options.tolerance == 0:
+    """For which contexts a rewritten site reads every bit, where the options, the machine or the cache decide that."""
+    if options.tolerance == 0:
         return ""
-    return f"every bit below {least_context(site, options)} live rows, from where on fewer are faster here (min_context)"
+    if options_for(site, options).tolerance > 0:
+        least, usual = least_context(site, options), LEAST_CONTEXT if fake(site.key.rows).device.type == "cpu" else 0
+        return f"every bit below {least} live rows, from where on fewer are faster here (min_context)" if least > usual else ""
+    if options.memory != "beside":
+        return "every bit: memory='planes' keeps none beside this cache (alignedkv_compile.Cache is made of them)"
+    least = least_context(site, options)
+    gain = "fewer are never faster here" if least == NEVER else f"fewer are faster from {least} rows on, which it never holds"
+    return f"every bit: {gain} (min_context)"
 
 
 def _declined_line(site: DeclinedSite) -> SiteReport:

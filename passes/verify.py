@@ -20,7 +20,7 @@ from .caches.kind import Expected
 from .editor import GraphEditor
 from .nodes import fake, mutated_by, operation, same
 from .records import Pairing
-from .replace_attention import AlignmentOptions, options_for
+from .worth import AlignmentOptions, options_for
 
 READ = f"{NAMESPACE}::aligned_read_attention"
 CERTIFIED_READ = f"{NAMESPACE}::certified_read_attention"

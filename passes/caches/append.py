@@ -30,9 +30,10 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
+from ..replace_attention import StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..symbols import express, inputs_by_symbol
 from ..views import Fold, head_repeats
+from ..worth import AlignmentOptions
 from .concatenation import (
     Concatenation,
     check_lengths,

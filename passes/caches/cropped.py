@@ -19,11 +19,13 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.reasons import Reason
 
 from ..facts import GraphFacts
 from ..nodes import Declined, operation, row_slice
 from ..records import AttentionSite
+from ..worth import read_shape
 from .append import AppendPair, append_pair, append_site
 from .concatenation import Concatenation, concatenation
 from .kind import CandidateCall, WrittenCache
@@ -33,8 +35,10 @@ class CroppedKind:
     """Concatenations of a graph input with new rows, of which the graph returns the last rows."""
 
     name = "cropped"
-    holds_planes = False
     uncertifiable = ""
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return read_shape(site, fixed_rows=False)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return _cropped(rows, facts) is not None

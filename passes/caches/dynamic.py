@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
+
 from ..facts import GraphFacts
 from ..records import AttentionSite
+from ..worth import read_shape
 from .append import AppendPair, append_pair, append_site
 from .concatenation import Concatenation, concatenation
 from .kind import CandidateCall, WrittenCache
@@ -27,8 +30,10 @@ class DynamicKind:
     """Concatenations of a graph input with new rows that the graph returns."""
 
     name = "dynamic"
-    holds_planes = False
     uncertifiable = ""
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return read_shape(site, fixed_rows=False)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return rows in facts.outputs and concatenation(rows) is not None

@@ -17,13 +17,15 @@ from typing import Protocol
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import CacheBinding
 
 from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..records import AttentionCall, AttentionSite
-from ..replace_attention import AlignmentOptions, StatisticsInputs
+from ..replace_attention import StatisticsInputs
 from ..views import Fold
+from ..worth import AlignmentOptions
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,12 @@ class CacheKind(Protocol):
         """For people."""
 
     @property
-    def holds_planes(self) -> bool:
-        """Whether the cache is made of planes, so that none are kept beside it."""
-
-    @property
     def uncertifiable(self) -> str:
         """Why the certificate of a read says nothing about the attention's output, or ""."""
+
+    def read_shape(self, site: AttentionSite) -> ReadShape | None:
+        """What the time of a read of a site's cache depends on; None for one that is made of planes, so that none are kept
+        beside it."""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         """Whether an operand of attention, views folded away, is such a cache."""

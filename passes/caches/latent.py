@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.reasons import Reason
 from alignedkv_compile.torch_private import FakeTensor
 
@@ -39,6 +40,7 @@ from ..nodes import Declined, arguments, concatenated, constant, fake, operation
 from ..records import AttentionSite
 from ..replace_attention import TensorRead
 from ..views import head_repeats
+from ..worth import read_shape
 from .kind import CandidateCall
 
 UNCERTIFIABLE = (
@@ -47,6 +49,12 @@ UNCERTIFIABLE = (
 )
 
 _EXPANSIONS = ("expand", "expand_as", "broadcast_to")
+
+
+def latent_read_shape(site: AttentionSite, *, fixed_rows: bool) -> ReadShape:
+    """What the time of a read of latents and rope keys depends on: every head attends to the same rows."""
+    read = read_shape(site, fixed_rows=fixed_rows)
+    return dataclasses.replace(read, key_dim=read.key_dim + read.value_dim, value_dim=read.key_dim)
 
 
 @dataclass(frozen=True)

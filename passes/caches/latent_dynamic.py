@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import Outcome
 from alignedkv_compile.reasons import Reason
 from alignedkv_compile.state.joined import LatentBuffers
@@ -30,8 +31,9 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, replace_attention
+from ..replace_attention import StatisticsInputs, TensorRead, replace_attention
 from ..views import Repeats
+from ..worth import AlignmentOptions
 from .append import (
     AppendInputs,
     BufferInputs,
@@ -54,6 +56,7 @@ from .latent import (
     expansion,
     join,
     known_expansion,
+    latent_read_shape,
     latents_behind,
 )
 
@@ -62,8 +65,10 @@ class LatentDynamicKind:
     """K and V expanded from concatenations of a graph input with new rows that the graph returns."""
 
     name = "dynamic latents"
-    holds_planes = False
     uncertifiable = UNCERTIFIABLE
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return latent_read_shape(site, fixed_rows=False)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         behind = latents_behind(rows, facts)

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.reasons import Reason
@@ -30,8 +31,9 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, fake
 from ..records import AttentionCall, AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
+from ..replace_attention import StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Repeats
+from ..worth import AlignmentOptions
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .latent import (
     UNCERTIFIABLE,
@@ -42,6 +44,7 @@ from .latent import (
     expansion,
     join,
     known_expansion,
+    latent_read_shape,
     latents_behind,
 )
 from .planes import planes_placeholder
@@ -52,8 +55,10 @@ class LatentStaticKind:
     """K and V expanded from placeholders that the graph writes rows of."""
 
     name = "static latents"
-    holds_planes = False
     uncertifiable = UNCERTIFIABLE
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return latent_read_shape(site, fixed_rows=True)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         behind = latents_behind(rows, facts)

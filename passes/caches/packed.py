@@ -29,8 +29,9 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, constant, example_size, fake, operation
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, CacheRead, StatisticsInputs, mask_of, replace_attention
+from ..replace_attention import CacheRead, StatisticsInputs, mask_of, replace_attention
 from ..views import Fold, Repeats, head_repeats
+from ..worth import AlignmentOptions
 from .kind import CandidateCall, Expected, WrittenCache
 
 _PLANES, _KEY, _VALUE, _POSITIONS, _ROWS, _CAPACITY, _STORAGE = range(7)
@@ -41,11 +42,13 @@ class PackedKind:
     """K and V that come out of an arena."""
 
     name = "packed"
-    holds_planes = True
     uncertifiable = (
         "a cache made of planes holds no other copy of its rows for a certified read to take; use a cache of transformers with"
         " guarantee='worst_case'"
     )
+
+    def read_shape(self, site: AttentionSite) -> None:
+        """None: every bit of a row takes decoding, and fewer always pay."""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return _loaded(rows) is not None

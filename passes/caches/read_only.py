@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.state.sidecar import Sidecar, SidecarStore
 from alignedkv_compile.torch_private import is_attribute
@@ -24,8 +25,9 @@ from ..attention import check_cache_pair, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
+from ..replace_attention import StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Fold, head_repeats
+from ..worth import AlignmentOptions, read_shape
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .planes import planes_placeholder
 
@@ -34,8 +36,10 @@ class ReadOnlyKind:
     """Placeholders that the graph does not write."""
 
     name = "read-only"
-    holds_planes = False
     uncertifiable = ""
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return read_shape(site, fixed_rows=True)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return facts.is_cache_input(rows) and not facts.writers(rows)

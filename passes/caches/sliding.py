@@ -34,6 +34,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.ops import quantize_on_write
@@ -45,8 +46,9 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, concatenated, constant, fake, operation, row_slice, same, tensor_of
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, replace_attention
+from ..replace_attention import StatisticsInputs, TensorRead, replace_attention
 from ..views import Fold, head_repeats
+from ..worth import AlignmentOptions, read_shape
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .window_mask import WindowRows, mask_over_window
 
@@ -75,8 +77,10 @@ class SlidingKind:
     """Placeholders that the graph shifts."""
 
     name = "sliding"
-    holds_planes = False
     uncertifiable = ""
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return read_shape(site, fixed_rows=False)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return _shift_behind(rows, facts) is not None

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import CallSettings, Outcome
 from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.reasons import Reason
@@ -31,8 +32,9 @@ from ..editor import GraphEditor
 from ..facts import GraphFacts
 from ..nodes import Declined, arguments, fake, operation, tensor_of
 from ..records import AttentionSite, CacheOperand
-from ..replace_attention import AlignmentOptions, StatisticsInputs, TensorRead, mask_of, replace_attention
+from ..replace_attention import StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Fold, head_repeats
+from ..worth import AlignmentOptions, read_shape
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .planes import planes_placeholder
 
@@ -55,8 +57,10 @@ class StaticKind:
     """Placeholders that the graph writes rows of."""
 
     name = "static"
-    holds_planes = False
     uncertifiable = ""
+
+    def read_shape(self, site: AttentionSite) -> ReadShape:
+        return read_shape(site, fixed_rows=True)
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
         return written_cache(rows, facts) is not None

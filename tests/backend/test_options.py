@@ -30,6 +30,7 @@ def test_every_option_is_taken() -> None:
         "tolerance": 0,
         "guarantee": "worst_case",
         "min_context": 16,
+        "calibrate": False,
         "strict": True,
         "stats": True,
         "accuracy": "torch.float16",
@@ -47,6 +48,7 @@ def test_every_option_is_taken() -> None:
     assert options.memory == "planes"
     assert options.without_planes.tolerance == 0.0
     assert options.shadow_every == 1000
+    assert not options.calibrate
     assert options.inductor_patches()["freezing"] is True
     assert options.inductor_patches()["max_autotune"] is False  # overrides the mode
     assert options.inductor_patches()["coordinate_descent_tuning"] is True

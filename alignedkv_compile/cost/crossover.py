@@ -1,0 +1,70 @@
+"""From which context on the aligned read is the faster one, by times of both at some contexts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..break_even import LEAST_CONTEXT, NEVER
+
+FARTHEST = 4
+"""How many times beyond the longest measured context a trend is believed."""
+
+TREND_POINTS = 3
+"""How many of the longest contexts a trend is taken from."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of both reads at one context.
+
+    Attributes:
+        context: live rows.
+        aligned_ms, stream_ms: medians.
+        ratio: median over rounds of aligned over stream; below 1 the aligned read is the faster.
+    """
+
+    context: int
+    aligned_ms: float
+    stream_ms: float
+    ratio: float
+
+
+def least_context(timings: Sequence[Timing]) -> int:
+    """Rows from which on the aligned read is the faster one, at every longer measured context too.
+
+    Between two contexts log(ratio) is taken to be a line over log(context). Where the stream still wins at the longest one, the
+    least squares line through the last :data:`TREND_POINTS` is followed, :data:`FARTHEST` times as far at most.
+
+    Args:
+        timings: by increasing context; not empty.
+
+    Returns:
+        A number of rows, at least :data:`~alignedkv_compile.break_even.LEAST_CONTEXT`;
+        :data:`~alignedkv_compile.break_even.NEVER` where no trend leads to a gain.
+    """
+    points = [(math.log(each.context), math.log(each.ratio)) for each in timings]
+    if points[-1][1] >= 0:
+        return _by_trend(points[-TREND_POINTS:])
+    for (x0, y0), (x1, y1) in reversed(list(itertools.pairwise(points))):
+        if y0 >= 0:
+            return _rows(x0 + (x1 - x0) * y0 / (y0 - y1))
+    return _rows(points[0][0])
+
+
+def _by_trend(points: Sequence[tuple[float, float]]) -> int:
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    if slope >= 0:
+        return NEVER
+    crossing = mean_x - mean_y / slope
+    if crossing > points[-1][0] + math.log(FARTHEST):
+        return NEVER
+    return _rows(max(crossing, points[-1][0]))
+
+
+def _rows(log_context: float) -> int:
+    return max(LEAST_CONTEXT, math.ceil(math.exp(log_context)))

@@ -1,0 +1,125 @@
+"""Times of the aligned read and of the 16-bit stream on this machine, of the very kernel that a graph would run.
+
+One kernel does both: it streams where the header of the planes says that they are stale. Every timed call finds the cache cold,
+as a model does that reads another layer's at each call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import lowering, torch_private
+from ..arena import mark
+from ..break_even import ReadShape
+from ..layout import ArenaLayout
+from ..ops import aligned_read_attention, quantize_on_write
+from ..plane_builder import post_grad_pass
+from .crossover import Timing
+from .inputs import query_factor
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+ROUNDS = 9
+LARGEST_CACHE = 384 * 2**20
+"""Bytes of K, V and planes at most; longer contexts are left to the trend."""
+FLUSH_BYTES = 64 * 2**20
+"""What is read to make caches cold where the machine does not say how large its last-level cache is."""
+
+Read = Callable[[torch.Tensor, int], object]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a read has to promise: the option ``tolerance``, and the unit roundoff that it is a multiple of."""
+
+    tolerance: float
+    unit_roundoff: float
+
+
+def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
+    """Time both reads in turns, over one sequence with as many KV heads as threads share a call.
+
+    Args:
+        read: on a CPU; its capacity does not matter.
+        accuracy: of the aligned read.
+    """
+    heads = pairs_at_a_time(read)
+    row = heads * (read.key_dim + read.value_dim) * read.dtype.itemsize
+    contexts = [context for context in CONTEXTS if context * row * 3 // 2 <= LARGEST_CACHE] or [CONTEXTS[0]]
+    with torch_private.real_tensors():
+        generator = torch.Generator().manual_seed(0)
+        key, value, direction = (
+            torch.randn(1, heads, rows, dim, generator=generator).to(read.dtype)
+            for rows, dim in ((contexts[-1], read.key_dim), (contexts[-1], read.value_dim), (read.group, read.key_dim))
+        )
+        planes = torch.zeros(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, dtype=torch.uint8)
+        quantize_on_write.default(planes, key, value, torch.arange(contexts[-1]), contexts[-1])
+        kernel = _compiled(read, accuracy, (_as_heads(direction), key, value, planes))
+        scores = direction.float() @ key.float().mT * read.key_dim**-0.5
+        flush = torch.ones(_flush_bytes() // 8, dtype=torch.int64)
+        timings = []
+        for context in contexts:
+            query = _as_heads(direction * query_factor(scores[..., :context]))
+            timings.append(_time(context, partial(kernel, query, context), planes, flush))
+        return tuple(timings)
+
+
+def pairs_at_a_time(read: ReadShape) -> int:
+    """KV heads that the threads of this process work on together; more of them take their turn."""
+    return max(1, min(read.pairs, torch.get_num_threads()))
+
+
+def _as_heads(query: torch.Tensor) -> torch.Tensor:
+    """``[1, heads, group, D]`` as ``[1, heads * group, 1, D]``."""
+    return query.flatten(1, 2)[:, :, None]
+
+
+def _compiled(read: ReadShape, accuracy: Accuracy, example: tuple[torch.Tensor, ...]) -> Read:
+    """The read of a query at so many live rows, compiled for arguments like ``example``: query, K, V and planes."""
+    scale = read.key_dim**-0.5
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, live: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        numbers = (live.shape[0], scale, 0.0, accuracy.tolerance, accuracy.unit_roundoff, 1)
+        return (aligned_read_attention.default(query, key, value, planes, None, None, *numbers),)
+
+    lowering.register()
+    rows = torch.empty(example[1].shape[2], 0)
+    patches = {torch_private.CUDA_GRAPHS: False}
+    graph = torch_private.compile_function(attend, (*example, rows), ((), (), (), (), (0,)), patches, post_grad_pass("cost"))
+    _, key, value, planes = example
+
+    def call(query: torch.Tensor, context: int) -> object:
+        return graph(query, key, value, planes, rows[:context])
+
+    return call
+
+
+def _time(context: int, call: Callable[[], object], planes: torch.Tensor, flush: torch.Tensor) -> Timing:
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(ROUNDS + 1):
+        for aligned in (True, False) if number % 2 else (False, True):
+            mark(planes, valid=aligned)
+            flush.sum()
+            started = time.perf_counter()
+            call()
+            if number:  # the first round warms up
+                seconds[aligned].append(time.perf_counter() - started)
+    ratio = statistics.median(one / other for one, other in zip(seconds[True], seconds[False], strict=True))
+    return Timing(context, statistics.median(seconds[True]) * 1e3, statistics.median(seconds[False]) * 1e3, ratio)
+
+
+def _flush_bytes() -> int:
+    """Twice the last-level cache."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.removesuffix("K")) * 1024 if text.endswith("K") else 0)
+    return 2 * max(sizes, default=0) or FLUSH_BYTES

@@ -1,0 +1,62 @@
+"""The user's options as the passes ask them, with the break-even context of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import fields
+
+from .. import break_even
+from ..break_even import NEVER, ReadShape
+from ..options import Options
+from .crossover import Timing
+from .measure import Accuracy, measure
+from .records import RECORDS, kind_of
+
+_log = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "ALIGNEDKV_CALIBRATE"
+"""Set to 0, nothing is measured, whatever the options say: for tests, and where compiling has to be reproducible."""
+
+
+class MeasuredOptions(Options):
+    """Options whose break-even context is measured, the first time that a machine meets a kind of read."""
+
+    def least_context(self, read: ReadShape) -> int:
+        accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
+        if read.device.type != "cpu" or self.min_context is not None or self.tolerance == 0 or self.certified:
+            return super().least_context(read)
+        if not read.can_reach(break_even.LEAST_CONTEXT):
+            return break_even.LEAST_CONTEXT
+        try:
+            return measured_least_context(read, accuracy)
+        except Exception as error:  # no user's model fails for want of a measurement
+            _log.warning("reads could not be timed, every bit is read below %d rows: %s", break_even.LEAST_CONTEXT, error)
+            return super().least_context(read)
+
+
+def priced(options: Options) -> Options:
+    """The options with measured break-even contexts, or as they are where measuring is off."""
+    if not options.calibrate or os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+        return options
+    return MeasuredOptions(**{entry.name: getattr(options, entry.name) for entry in fields(Options)})
+
+
+def measured_least_context(read: ReadShape, accuracy: Accuracy) -> int:
+    """Live rows below which a call should read every bit on this machine; measures where that is not known yet.
+
+    Raises:
+        Exception: whatever compiling or running the kernel raises.
+    """
+    kind = kind_of(read, accuracy)
+
+    def timed() -> tuple[Timing, ...]:
+        started = time.perf_counter()
+        timings = measure(read, accuracy)
+        _log.info("timed reads once for this machine (%.1f s): %s", time.perf_counter() - started, kind)
+        return timings
+
+    least = RECORDS.find_or(kind, timed).least_context
+    _log.info("%s: every bit is read %s", kind, "at any context" if least == NEVER else f"below {least} rows")
+    return least

@@ -1,0 +1,158 @@
+"""What was measured on this machine, kept beside Inductor's caches: a JSON file for each machine and version of the kernels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .. import lowering, torch_private
+from ..break_even import ReadShape
+from ..lowering.isa import chosen_isa
+from .crossover import Timing, least_context
+from .measure import Accuracy, pairs_at_a_time
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Reads that have one break-even context: what a measurement is kept under.
+
+    Attributes:
+        dtype: of the cache, without ``torch.``.
+        pairs: KV heads that are read at a time.
+        group, key_dim, value_dim: as in :class:`~alignedkv_compile.break_even.ReadShape`.
+        tolerance, unit_roundoff: as in :class:`.measure.Accuracy`.
+    """
+
+    dtype: str
+    pairs: int
+    group: int
+    key_dim: int
+    value_dim: int
+    tolerance: float
+    unit_roundoff: float
+
+    def __str__(self) -> str:
+        dims = str(self.key_dim) if self.key_dim == self.value_dim else f"{self.key_dim}+{self.value_dim}"
+        return (
+            f"{self.dtype}, {self.group} query head{'s' if self.group != 1 else ''} per KV head, head dimension {dims}, "
+            f"{self.pairs} at a time, tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
+        )
+
+
+def kind_of(read: ReadShape, accuracy: Accuracy) -> Kind:
+    """What a read's measurement is kept under."""
+    return Kind(
+        str(read.dtype).removeprefix("torch."),
+        pairs_at_a_time(read),
+        read.group,
+        read.key_dim,
+        read.value_dim,
+        accuracy.tolerance,
+        accuracy.unit_roundoff,
+    )
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kind of read, measured."""
+
+    kind: Kind
+    timings: tuple[Timing, ...]
+
+    @property
+    def least_context(self) -> int:
+        """See :func:`.crossover.least_context`."""
+        return least_context(self.timings)
+
+
+class Records:
+    """The measurements of this machine: in memory, and in :meth:`path` for the next process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._known: dict[tuple[str, Kind], Record] = {}
+
+    def find_or(self, kind: Kind, measure: Callable[[], tuple[Timing, ...]]) -> Record:
+        """The record of a kind; the first time on a machine ``measure`` makes it."""
+        machine = machine_key()
+        with self._lock:
+            if (machine, kind) not in self._known:
+                self._known |= {(machine, record.kind): record for record in self.all()}
+            if (machine, kind) not in self._known:
+                record = Record(kind, measure())
+                self._known[machine, kind] = record
+                self._write([*self.all(), record])
+            return self._known[machine, kind]
+
+    def all(self) -> list[Record]:
+        """Those of the file; none where there is no file of ours."""
+        try:
+            return [_record(entry) for entry in json.loads(self.path().read_text())["records"]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("%s holds no measurements that can be read (%s): they are made anew", self.path(), error)
+            return []
+
+    @staticmethod
+    def path() -> Path:
+        """The file of this machine, instruction set, number of threads, and version of torch and of the kernels."""
+        return torch_private.cache_folder() / "alignedkv" / f"costs-{machine_key()}.json"
+
+    def _write(self, records: list[Record]) -> None:
+        """Replace the file in one step; one that cannot be written is a warning, and a measurement more next time."""
+        path = self.path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+            with os.fdopen(handle, "w") as file:
+                json.dump({"machine": machine(), "records": [asdict(record) for record in records]}, file, indent=1)
+            os.replace(name, path)
+        except OSError as error:
+            _log.warning("measurements could not be kept in %s: %s", path, error)
+
+
+def machine() -> dict[str, str]:
+    """What measurements hold for."""
+    return {
+        "processor": _processor(),
+        "instructions": chosen_isa(),
+        "threads": str(torch.get_num_threads()),
+        "torch": str(torch.__version__),
+        "kernels": lowering.source_hash().hex(),
+    }
+
+
+def machine_key() -> str:
+    """A short name of :func:`machine`."""
+    return hashlib.sha256(repr(sorted(machine().items())).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _record(entry: Mapping[str, object]) -> Record:
+    kind, timings = entry["kind"], entry["timings"]
+    return Record(Kind(**kind), tuple(Timing(**timing) for timing in timings))  # type: ignore[arg-type, attr-defined]
+
+
+RECORDS: Records = Records()
+"""The process's."""

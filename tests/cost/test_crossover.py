@@ -1,0 +1,39 @@
+"""From which context on the aligned read is the faster one, by times that are made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignedkv_compile.break_even import LEAST_CONTEXT, NEVER
+from alignedkv_compile.cost.crossover import FARTHEST, Timing, least_context
+
+
+def timings(*ratios: float, first: int = 1024) -> list[Timing]:
+    return [Timing(first << number, ratio, 1.0, ratio) for number, ratio in enumerate(ratios)]
+
+
+def test_between_two_contexts_it_is_where_the_line_of_the_logarithms_crosses() -> None:
+    assert least_context(timings(2.0, 0.5)) == pytest.approx(1024 * 2**0.5, abs=1)
+    assert least_context(timings(4.0, 2.0, 1.0, 0.5)) == pytest.approx(4096, abs=1)
+
+
+def test_a_gain_counts_only_where_every_longer_context_gains() -> None:
+    assert least_context(timings(0.9, 1.1, 0.9)) == pytest.approx(2048 * 2**0.5, rel=0.05)
+
+
+def test_gains_from_the_first_context_on() -> None:
+    assert least_context(timings(0.9, 0.8, 0.7)) == 1024
+    assert least_context(timings(0.5, first=16)) == LEAST_CONTEXT
+
+
+def test_a_trend_is_followed_a_little_way() -> None:
+    slow = timings(1.21, 1.1, 1.0 + 1e-9)
+    assert least_context(slow) == pytest.approx(4096, rel=0.01)
+    assert least_context(timings(1.5, 1.25, 1.125)) == pytest.approx(4096 * 2**0.9, rel=0.3)
+    beyond = least_context(timings(1.6, 1.4, 1.25))
+    assert 4096 < beyond < 4096 * FARTHEST
+
+
+@pytest.mark.parametrize("ratios", [(1.3, 1.3, 1.3), (1.1, 1.2, 1.3), (1.2,), (1.32, 1.31, 1.30), (0.9, 1.0, 1.2)])
+def test_without_a_trend_to_a_gain_it_is_never(ratios: tuple[float, ...]) -> None:
+    assert least_context(timings(*ratios)) == NEVER

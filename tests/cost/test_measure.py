@@ -1,0 +1,58 @@
+"""Reads are timed while a compiler compiles something else: with real tensors, and leaving the user's random numbers alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import alignedkv_compile
+from alignedkv_compile.break_even import ReadShape
+from alignedkv_compile.cost import measure as measuring
+from alignedkv_compile.cost import options as priced_options
+from alignedkv_compile.cost.inputs import query_factor, spread
+from alignedkv_compile.cost.measure import Accuracy, measure
+from alignedkv_compile.cost.records import Records
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "CONTEXTS", (256, 1024))
+    monkeypatch.setattr(measuring, "ROUNDS", 3)
+    monkeypatch.setattr(measuring, "FLUSH_BYTES", 2**16)
+
+
+def test_both_reads_are_timed_at_every_context() -> None:
+    state = torch.get_rng_state()
+    read = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 3, 32, 16)
+    timings = measure(read, Accuracy(2.0, 2.0**-8))
+    assert [timing.context for timing in timings] == [256, 1024]
+    assert all(timing.aligned_ms > 0 and timing.stream_ms > 0 and timing.ratio > 0 for timing in timings)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_queries_spread_over_as_many_rows_as_asked_for() -> None:
+    scores = torch.randn(6, 4096, generator=torch.Generator().manual_seed(1))
+    assert spread(scores * query_factor(scores, 100.0)) == pytest.approx(100, rel=0.01)
+
+
+def test_compiling_a_model_measures_and_the_report_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(priced_options.ENVIRONMENT_VARIABLE)
+    monkeypatch.setattr(priced_options, "RECORDS", Records())
+    monkeypatch.setattr("alignedkv_compile.cost.records.least_context", lambda timings: 700)
+
+    def step(query, key, value, keys, values, positions):  # noqa: ANN001 - Dynamo traces it
+        keys.index_copy_(2, positions, key)
+        values.index_copy_(2, positions, value)
+        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 32)
+    caches = [torch.randn(1, 2, 1024, 32).bfloat16() for _ in range(2)]
+    inputs = [tensor.bfloat16() for tensor in (query, key, value)]
+    expected = step(*inputs, *(cache.clone() for cache in caches), torch.tensor([1023]))
+    result = torch.compile(step, backend="alignedkv")(*inputs, *caches, torch.tensor([1023]))
+    torch.testing.assert_close(result, expected, atol=0.02, rtol=0.02)
+    (site,) = alignedkv_compile.report().graphs[0].sites
+    assert "every bit below 700 live rows" in site.reason
+    assert len(Records().all()) == 1

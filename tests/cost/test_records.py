@@ -1,0 +1,129 @@
+"""Measurements are made once per machine, and kept in a file that another process reads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignedkv_compile import torch_private
+from alignedkv_compile.break_even import LEAST_CONTEXT, ReadShape
+from alignedkv_compile.cost import options as priced_options
+from alignedkv_compile.cost import priced, records
+from alignedkv_compile.cost.crossover import Timing
+from alignedkv_compile.cost.measure import Accuracy
+from alignedkv_compile.cost.records import Records, kind_of
+from alignedkv_compile.options import Options
+
+READ = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 4, 64, 64, None)
+KIND = kind_of(READ, Accuracy(2.0, 2.0**-8))
+TIMINGS = (Timing(1024, 2.0, 1.0, 2.0), Timing(4096, 1.0, 2.0, 0.5))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(torch_private, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(priced_options, "RECORDS", Records())
+    monkeypatch.delenv(priced_options.ENVIRONMENT_VARIABLE, raising=False)
+    return tmp_path
+
+
+class Counting:
+    """Stands in for measuring; counts how often it does."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *_: object) -> tuple[Timing, ...]:
+        self.calls += 1
+        return TIMINGS
+
+
+def never() -> tuple[Timing, ...]:
+    raise AssertionError("measured again")
+
+
+def test_a_second_process_reads_what_the_first_has_measured() -> None:
+    first = Records().find_or(KIND, Counting())
+    second = Records().find_or(KIND, never)
+    assert second == first
+    assert second.least_context == 2048
+    assert Records().all() == [first]
+
+
+def test_other_reads_are_kept_in_the_same_file() -> None:
+    other = kind_of(READ, Accuracy(0.5, 2.0**-8))
+    Records().find_or(KIND, Counting())
+    Records().find_or(other, Counting())
+    assert {record.kind for record in Records().all()} == {KIND, other}
+    assert len(list(Records.path().parent.iterdir())) == 1
+
+
+def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, counting = Records(), Counting()
+    found.find_or(KIND, counting)
+    monkeypatch.setattr(records, "_processor", lambda: "another")
+    found.find_or(KIND, counting)
+    assert counting.calls == 2
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"records": [1]}', '{"records": [{"kind": {}, "timings": []}]}'])
+def test_a_file_that_cannot_be_read_is_replaced(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    Records.path().parent.mkdir()
+    Records.path().write_text(text)
+    with caplog.at_level(logging.WARNING):
+        Records().find_or(KIND, Counting())
+    assert str(Records.path()) in caplog.text
+    assert [record.kind for record in Records().all()] == [KIND]
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "alignedkv").write_text("in the way")
+    assert Records().find_or(KIND, Counting()).least_context == 2048
+    assert "could not be kept" in caplog.text
+
+
+def test_options_ask_once_for_each_kind_of_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    monkeypatch.setattr(priced_options, "measure", counting)
+    options = priced(Options())
+    assert [options.least_context(READ), options.least_context(READ)] == [2048, 2048]
+    assert options.without_planes.tolerance == 0
+    assert counting.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (Options(calibrate=False), LEAST_CONTEXT),
+        (Options(min_context=7), 7),
+        (Options(guarantee="worst_case"), LEAST_CONTEXT),
+        (Options(tolerance=0.0), LEAST_CONTEXT),
+    ],
+)
+def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(priced_options, "measure", never)
+    assert priced(options).least_context(READ) == least
+
+
+def test_nothing_is_measured_for_a_cache_that_is_always_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(priced_options, "measure", never)
+    short = ReadShape(READ.device, READ.dtype, 2, 4, 64, 64, LEAST_CONTEXT - 1)
+    assert priced(Options()).least_context(short) == LEAST_CONTEXT
+
+
+def test_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(priced_options.ENVIRONMENT_VARIABLE, "0")
+    options = Options()
+    assert priced(options) is options
+
+
+def test_a_read_that_cannot_be_timed_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> tuple[Timing, ...]:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(priced_options, "measure", broken)
+    assert priced(Options()).least_context(READ) == LEAST_CONTEXT
+    assert "no compiler" in caplog.text
