@@ -187,7 +187,7 @@ def run_cases(cases: Sequence[tuple[str, int, str]], plan: Plan, console: Consol
     calls: dict[str, Call] = {}
     compiled_for: tuple[str, str] | None = None
     for name, context, dtype_name in track(cases, "measuring", console=console):
-        shape, dtype = _shape(name), _dtype(dtype_name)
+        shape, dtype = parse_shape(name), parse_dtype(dtype_name)
         needed = needed_gib(shape, context, dtype, plan.footprint_mib)
         if needed > plan.max_gib:
             yield Case(
@@ -245,7 +245,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return found
 
 
-def _shape(text: str) -> Shape:
+def parse_shape(text: str) -> Shape:
     try:
         query_heads, heads, head_dim = (int(part) for part in text.split("/"))
     except ValueError:
@@ -255,7 +255,7 @@ def _shape(text: str) -> Shape:
     return Shape(query_heads, heads, head_dim)
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(DTYPES)}")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
@@ -288,7 +288,7 @@ def main(
         burst_ms=burst_ms,
         footprint_mib=footprint_mib,
         tolerance=tolerance,
-        accuracy=None if accuracy is None else _dtype(accuracy),
+        accuracy=None if accuracy is None else parse_dtype(accuracy),
         effective_keys=keys,
         max_gib=max_gib,
     )
