@@ -127,23 +127,32 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case
     bytes_read = {name: float(bytes_full) for name in names}
     if ALIGNED in calls and totals["calls"]:
         bytes_read[ALIGNED] = totals["bytes_read"] / totals["calls"]
-    rows = context * shape.heads
-    variants = {}
-    for name in names:
-        median = statistics.median(rounds[name])
-        variants[name] = Measured(
-            median_ms=median,
-            min_ms=min(rounds[name]),
-            rounds_ms=tuple(rounds[name]),
-            relative_error=errors[name],
-            bytes_read=bytes_read[name],
-            bytes_fraction=bytes_read[name] / bytes_full,
-            bytes_per_row=bytes_read[name] / rows,
-            ns_per_row=1e6 * median / rows,
-            gb_per_s=bytes_read[name] / median / 1e6,
-        )
+    variants = {name: summarize(rounds[name], errors[name], bytes_read[name], layers[0]) for name in names}
     keys = statistics.mean(effective_keys(layer) for layer in layers)
     return Case(str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", variants)
+
+
+def summarize(rounds: Sequence[float], error: float, bytes_read: float, layer: Layer) -> Measured:
+    """A variant's figures.
+
+    Args:
+        rounds: mean milliseconds per call of each round.
+        error: relative, against float64.
+        bytes_read: per call.
+        layer: what was read.
+    """
+    median, rows = statistics.median(rounds), layer.context * layer.shape.heads
+    return Measured(
+        median_ms=median,
+        min_ms=min(rounds),
+        rounds_ms=tuple(rounds),
+        relative_error=error,
+        bytes_read=bytes_read,
+        bytes_fraction=bytes_read / layer.bytes_full,
+        bytes_per_row=bytes_read / rows,
+        ns_per_row=1e6 * median / rows,
+        gb_per_s=bytes_read / median / 1e6,
+    )
 
 
 def time_calls(call: Call, prepared: Sequence[Prepared], count: int) -> float:

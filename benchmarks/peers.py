@@ -3,16 +3,15 @@
     make bench-peers
     python benchmarks/peers.py --shapes 32/8/128 --contexts 2048,16384 --only aligned,stream,onnxruntime
 
-One decode step of one layer a call, as in benchmarks/attention.py: copies of K and V in each peer's own form go round so that no
-cache is warm, peers take turns in every round (another one first each time), and medians over rounds are reported. A peer's
-output is checked against float64 before it is timed: an int8 cache is not the same work. One that is not installed, or cannot
-run a case, is a row that says why.
+One decode step of one layer a call, as in benchmarks/attention.py: copies of K and V in each peer's own form go round, so that
+no cache is warm; peers take turns in every round, which begins with another one each time; medians over rounds are reported.
+What a peer computes is checked against float64 before it is timed: an int8 cache is not the same work. A peer that is not
+installed, or cannot run a case, is a row that says why.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from rich.progress import track
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe, machine
 from alignedkv_compile.ops import COUNTER_FIELDS
-from attention import DTYPES, MAX_COPIES, SHAPES, Measured, copies_of, empty_inductor_cache, parse_dtype, parse_shape
+from attention import DTYPES, MAX_COPIES, SHAPES, copies_of, empty_inductor_cache, parse_dtype, parse_shape, summarize
 from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, effective_keys, exact_attention, synthetic
 from attention_variants import ALIGNED, Prepared, prepare
 from peers_base import Copy, Opening, Peer, PeerRefusalError, version
@@ -38,8 +37,8 @@ from peers_torch import torch_peers
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 PACKAGES = ("onnx", "onnxruntime", "openvino", "libggml-python")
-SETTLE_S = 0.05
-"""Pause before a turn: the threads of another library's pool look for work a while after its last call."""
+QUIET_STEP_S, QUIET_SHARE, QUIET_LIMIT_S = 0.01, 0.1, 1.0
+"""A turn begins when this process has used less than this share of a step of sleep, or after the limit."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Turns:
     """
 
     def __init__(self, opening: Opening, sources: Sequence[Prepared], exact: torch.Tensor, settings: Settings) -> None:
-        """Make the copies, check the output, and run each path once.
+        """Make the copies, check the output of the first, and see how long a call takes.
 
         Raises:
             PeerRefusalError: the output is wrong; what the peer itself raises is not caught.
@@ -76,16 +75,18 @@ class Turns:
         count = copy_count(first.nbytes, settings.footprint_mib)
         self.copies = [first, *(opening(sources[index % len(sources)]) for index in range(1, count))]
         self._next = 0
-        for copy in self.copies[:2]:
-            copy.run()
-        single = self._time(1)
+        wait_until_quiet()
+        single = min(self._time(1) for _ in range(3))
         self.calls = max(1, min(count, int(settings.turn_ms / max(single, 1e-6))))
+        first.rest()
 
     def turn(self) -> float:
-        """Mean milliseconds of a call: a pause and an untimed call first, to wake the peer's threads."""
-        time.sleep(SETTLE_S)
+        """Mean milliseconds of a call: first the others' threads come to rest, and an untimed call wakes the peer's own."""
+        wait_until_quiet()
         self._time(1)
-        return self._time(self.calls)
+        found = self._time(self.calls)
+        self.copies[0].rest()
+        return found
 
     def _time(self, calls: int) -> float:
         chosen: list[Copy] = [self.copies[(self._next + index) % len(self.copies)] for index in range(calls)]
@@ -94,6 +95,22 @@ class Turns:
         for copy in chosen:
             copy.run()
         return 1000 * (time.perf_counter() - start) / calls
+
+
+def wait_until_quiet() -> None:
+    """Sleep until no thread of this process runs: those of other libraries look for work for 0.1 s and more after a call."""
+    give_up = time.perf_counter() + QUIET_LIMIT_S
+    while time.perf_counter() < give_up:
+        before = time.process_time()
+        time.sleep(QUIET_STEP_S)
+        if time.process_time() - before < QUIET_SHARE * QUIET_STEP_S:
+            return
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """The same names, beginning with another one in each round."""
+    start = by % len(names) if names else 0
+    return [*names[start:], *names[:start]]
 
 
 def copy_count(nbytes: int, footprint_mib: float) -> int:
@@ -141,47 +158,26 @@ def measure(layer: Layer, openings: Mapping[str, Opening], refused: Mapping[str,
         source.counters.zero_()
     rounds: dict[str, list[float]] = {name: [] for name in turns}
     for round_ in range(settings.rounds):
-        names = list(turns)
-        for turn in range(len(names)):
-            name = names[(round_ + turn) % len(names)]
+        for name in rotated(list(turns), round_):
             try:
                 rounds[name].append(turns[name].turn())
             except Exception as error:
                 refused[name] = reason(error)
                 del turns[name]
-                break
-    shares = {name: one.copies[0].nbytes / layer.bytes_full for name, one in turns.items()}
-    if ALIGNED in shares:
-        shares[ALIGNED] = _share_read(sources, layer)
-    found = {
-        name: _measured(rounds[name], one.relative_error, shares[name], layer) for name, one in turns.items() if rounds[name]
-    }
+    bytes_read = {name: float(one.copies[0].nbytes) for name, one in turns.items()}
+    if ALIGNED in bytes_read:
+        bytes_read[ALIGNED] = _counted_bytes(sources)
+    found = {name: summarize(rounds[name], one.relative_error, bytes_read[name], layer) for name, one in turns.items()}
     dtype = str(layer.key.dtype).removeprefix("torch.")
     copies = {name: len(one.copies) for name, one in turns.items()}
     return PeersCase(str(layer.shape), layer.context, dtype, effective_keys(layer), "", found, copies, refused)
 
 
-def _share_read(sources: Sequence[Prepared], layer: Layer) -> float:
-    """Bytes that the aligned read counted, over those of K and V."""
+def _counted_bytes(sources: Sequence[Prepared]) -> float:
+    """Bytes that an aligned read counted, per call."""
     counted = torch.stack([source.counters[0] for source in sources]).sum(0).tolist()
     totals = dict(zip(COUNTER_FIELDS, counted, strict=True))
-    return float(totals["bytes_read"] / max(1, totals["calls"]) / layer.bytes_full)
-
-
-def _measured(rounds: Sequence[float], error: float, share: float, layer: Layer) -> Measured:
-    median, rows = statistics.median(rounds), layer.context * layer.shape.heads
-    read = share * layer.bytes_full
-    return Measured(
-        median_ms=median,
-        min_ms=min(rounds),
-        rounds_ms=tuple(rounds),
-        relative_error=error,
-        bytes_read=read,
-        bytes_fraction=share,
-        bytes_per_row=read / rows,
-        ns_per_row=1e6 * median / rows,
-        gb_per_s=read / median / 1e6,
-    )
+    return float(totals["bytes_read"] / totals["calls"])
 
 
 def all_peers(tolerance: float, threads: int, ggml: Path | None) -> list[Peer]:

@@ -1,9 +1,9 @@
 """What a peer is: something that runs one layer's decode step over a cache of its own. The benchmark knows no more of it.
 
-    opening = peer.open(shape, dtype)     # compile for these heads; may refuse
-    copy = opening(prepared)              # a layer's numbers as this peer stores them; may refuse
-    copy.output()                         # once, to be checked against float64
-    copy.run()                            # what is timed
+opening = peer.open(shape, dtype)     # compile for these heads; may refuse
+copy = opening(prepared)              # a layer's numbers as this peer stores them; may refuse
+copy.output()                         # once, to be checked against float64
+copy.run()                            # what is timed
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ class Copy:
         run: one decode step, by the cheapest call that the peer's Python interface has; its value is not looked at.
         output: one decode step, and what came out: ``[1, Hq, 1, D]``, any floating-point dtype.
         nbytes: of K and V as they are stored, which one step reads (at most).
+        rest: sends the peer's threads to sleep after a turn, where they would look for work for long.
     """
 
     run: Callable[[], object]
     output: Callable[[], torch.Tensor]
     nbytes: int
+    rest: Callable[[], object] = lambda: None
 
 
 Opening = Callable[[Prepared], Copy]

@@ -92,8 +92,8 @@ class Library:
             raise PeerRefusalError(f"no usable ggml in {folder}: {error}") from None
         self.backend = self.backend_cpu_init()
         self.backend_cpu_set_n_threads(self.backend, threads)
-        pool = self.threadpool_new(ctypes.byref(self.threadpool_params_default(threads)))
-        self.backend_cpu_set_threadpool(self.backend, pool)
+        self.pool = self.threadpool_new(ctypes.byref(self.threadpool_params_default(threads)))
+        self.backend_cpu_set_threadpool(self.backend, self.pool)
 
     def _declare(self) -> None:
         pointer, integer, size, real, long = (
@@ -121,6 +121,7 @@ class Library:
         self.graph_compute = base("backend_graph_compute", integer, [pointer, pointer])
         self.threadpool_params_default = base("threadpool_params_default", _ThreadPoolParams, [integer])
         self.threadpool_new = cpu("threadpool_new", pointer, [pointer])
+        self.threadpool_pause = cpu("threadpool_pause", None, [pointer])
         self.backend_cpu_init = cpu("backend_cpu_init", pointer, [])
         self.backend_cpu_set_n_threads = cpu("backend_cpu_set_n_threads", None, [pointer, integer])
         self.backend_cpu_set_threadpool = cpu("backend_cpu_set_threadpool", None, [pointer, pointer])
@@ -197,7 +198,8 @@ def _copy(library: Library, cache: CacheType, prepared: Prepared) -> Copy:
         ctypes.memmove(found.data_ptr(), library.get_data(output), found.nbytes)
         return found
 
-    copy = Copy(run, read, nbytes)
+    # The next call wakes a pool that is paused.
+    copy = Copy(run, read, nbytes, functools.partial(library.threadpool_pause, library.pool))
     weakref.finalize(copy, library.free, arena)
     return copy
 
