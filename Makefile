@@ -113,7 +113,7 @@ bench-rows: $(STAMP)  ## one layer by the number of query rows, against stock (a
 bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)
 	$(BIN)/python benchmarks/storages.py --json results/storages.json $(BENCH_ARGS)
 
-bench-peers: $(PEERS_STAMP)  ## the operator beside SDPA, flex_attention, ONNX Runtime, OpenVINO and ggml (about 20 minutes)
+bench-peers: $(PEERS_STAMP)  ## the operator beside SDPA, flex_attention, ONNX Runtime, OpenVINO and ggml (BENCH_ARGS="--only NAMES" for some)
 	$(BIN)/python benchmarks/peers.py --json results/peers.json --markdown results/peers.md $(BENCH_ARGS)
 
 $(PEERS_STAMP): $(STAMP)
