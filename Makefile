@@ -20,6 +20,7 @@ VENV := .venv
 TRITON := triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS_STAMP := $(VENV)/.peers-installed
 # Another release of torch, in an environment of its own (the CUDA build takes 5 GB of disk), and the tests that meet torch's insides.
 TORCH ?= 2.11.0
 TORCH_VENV := .venv-torch-$(TORCH)
@@ -30,7 +31,7 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 TYPED := build/typed/alignedkv_compile
 PARTS := bench_models cache capacity compare demo evaluate metrics plots state top
 
-.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-gpu sweep-gpu gpu-codegen zoo clean
+.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-peers bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -111,6 +112,13 @@ bench-rows: $(STAMP)  ## one layer by the number of query rows, against stock (a
 
 bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)
 	$(BIN)/python benchmarks/storages.py --json results/storages.json $(BENCH_ARGS)
+
+bench-peers: $(PEERS_STAMP)  ## the operator beside SDPA, flex_attention, ONNX Runtime, OpenVINO and ggml (BENCH_ARGS="--only NAMES" for some)
+	$(BIN)/python benchmarks/peers.py --json results/peers.json --markdown results/peers.md $(BENCH_ARGS)
+
+$(PEERS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[peers]"
+	touch $@
 
 bench-gpu:  ## the operator and a model on this machine's GPU, under 5 minutes; nothing is installed: GPU_PYTHON has torch
 	$(GPU_PYTHON) benchmarks/gpu.py --json results/gpu.json $(BENCH_ARGS)

@@ -1,4 +1,4 @@
-"""The JSON that ``alignedkv demo``, ``eval``, ``bench-models`` and ``make bench`` leave behind: read, and told by kind."""
+"""The JSON that ``alignedkv demo``, ``eval``, ``bench-models``, ``make bench`` and others leave behind: read, told by kind."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Kind(enum.Enum):
 
     DEMO = "alignedkv demo"
     ATTENTION = "make bench"
+    PEERS = "make bench-peers"
     EVAL = "alignedkv eval"
     CACHES = "alignedkv eval-caches"
     MODELS = "alignedkv bench-models"
@@ -29,6 +30,7 @@ class Kind(enum.Enum):
 _KNOWN_BY: Mapping[Kind, frozenset[str]] = {
     Kind.DEMO: frozenset({"comparisons", "quality"}),
     Kind.ATTENTION: frozenset({"plan", "cases"}),
+    Kind.PEERS: frozenset({"peers", "cases"}),
     Kind.EVAL: frozenset({"scores", "nll_reference"}),
     Kind.CACHES: frozenset({"language", "retrieval"}),
     Kind.MODELS: frozenset({"models", "settings"}),

@@ -127,23 +127,32 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case
     bytes_read = {name: float(bytes_full) for name in names}
     if ALIGNED in calls and totals["calls"]:
         bytes_read[ALIGNED] = totals["bytes_read"] / totals["calls"]
-    rows = context * shape.heads
-    variants = {}
-    for name in names:
-        median = statistics.median(rounds[name])
-        variants[name] = Measured(
-            median_ms=median,
-            min_ms=min(rounds[name]),
-            rounds_ms=tuple(rounds[name]),
-            relative_error=errors[name],
-            bytes_read=bytes_read[name],
-            bytes_fraction=bytes_read[name] / bytes_full,
-            bytes_per_row=bytes_read[name] / rows,
-            ns_per_row=1e6 * median / rows,
-            gb_per_s=bytes_read[name] / median / 1e6,
-        )
+    variants = {name: summarize(rounds[name], errors[name], bytes_read[name], layers[0]) for name in names}
     keys = statistics.mean(effective_keys(layer) for layer in layers)
     return Case(str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", variants)
+
+
+def summarize(rounds: Sequence[float], error: float, bytes_read: float, layer: Layer) -> Measured:
+    """A variant's figures.
+
+    Args:
+        rounds: mean milliseconds per call of each round.
+        error: relative, against float64.
+        bytes_read: per call.
+        layer: what was read.
+    """
+    median, rows = statistics.median(rounds), layer.context * layer.shape.heads
+    return Measured(
+        median_ms=median,
+        min_ms=min(rounds),
+        rounds_ms=tuple(rounds),
+        relative_error=error,
+        bytes_read=bytes_read,
+        bytes_fraction=bytes_read / layer.bytes_full,
+        bytes_per_row=bytes_read / rows,
+        ns_per_row=1e6 * median / rows,
+        gb_per_s=bytes_read / median / 1e6,
+    )
 
 
 def time_calls(call: Call, prepared: Sequence[Prepared], count: int) -> float:
@@ -187,7 +196,7 @@ def run_cases(cases: Sequence[tuple[str, int, str]], plan: Plan, console: Consol
     calls: dict[str, Call] = {}
     compiled_for: tuple[str, str] | None = None
     for name, context, dtype_name in track(cases, "measuring", console=console):
-        shape, dtype = _shape(name), _dtype(dtype_name)
+        shape, dtype = parse_shape(name), parse_dtype(dtype_name)
         needed = needed_gib(shape, context, dtype, plan.footprint_mib)
         if needed > plan.max_gib:
             yield Case(
@@ -245,7 +254,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return found
 
 
-def _shape(text: str) -> Shape:
+def parse_shape(text: str) -> Shape:
     try:
         query_heads, heads, head_dim = (int(part) for part in text.split("/"))
     except ValueError:
@@ -255,7 +264,7 @@ def _shape(text: str) -> Shape:
     return Shape(query_heads, heads, head_dim)
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(DTYPES)}")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
@@ -288,7 +297,7 @@ def main(
         burst_ms=burst_ms,
         footprint_mib=footprint_mib,
         tolerance=tolerance,
-        accuracy=None if accuracy is None else _dtype(accuracy),
+        accuracy=None if accuracy is None else parse_dtype(accuracy),
         effective_keys=keys,
         max_gib=max_gib,
     )

@@ -22,7 +22,7 @@ REGRESSED, MISUSED = 1, 2
 
 
 def compare(
-    old: Annotated[Path, typer.Argument(help="JSON of a run of demo, eval, bench-models or make bench.")],
+    old: Annotated[Path, typer.Argument(help="JSON of a run of demo, eval, bench-models, make bench or bench-peers.")],
     new: Annotated[Path, typer.Argument(help="JSON of a later run with the same settings.")],
     more_old: Annotated[list[Path] | None, typer.Option("--old", help="A repetition of OLD (repeatable).")] = None,
     more_new: Annotated[list[Path] | None, typer.Option("--new", help="A repetition of NEW (repeatable).")] = None,

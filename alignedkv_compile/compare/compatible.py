@@ -13,6 +13,7 @@ MACHINE = ("cpu", "capability", "kernels", "threads", "cores")
 _SETTINGS: Mapping[Kind, tuple[str, ...]] = {
     Kind.DEMO: ("model", "document", "settings"),
     Kind.ATTENTION: ("plan",),
+    Kind.PEERS: ("settings",),
     Kind.EVAL: ("model", "text_sha256", "settings"),
     Kind.CACHES: ("model", "text_sha256", "settings"),
     Kind.MODELS: ("settings",),

@@ -10,7 +10,8 @@ from typing import Any
 from ..run_file import Kind, RunFile, RunFileError
 
 ALIGNED = "alignedkv"
-"""Variants and methods of this package begin so in every file; ``stream`` and ``aligned`` are those of ``make bench``."""
+"""Variants and methods of this package begin so in every file; ``stream`` and ``aligned`` are those of ``make bench`` and
+``bench-peers``."""
 OURS_IN_BENCH = ("aligned", "stream")
 STOCK = "stock"
 """The 16-bit cache of `alignedkv eval-caches`, whose other kinds of cache are all judged."""
@@ -110,6 +111,7 @@ def _models(data: Mapping[str, Any]) -> Iterator[Quantity]:
 _READERS: Mapping[Kind, Callable[[Mapping[str, Any]], Iterator[Quantity]]] = {
     Kind.DEMO: _demo,
     Kind.ATTENTION: _attention,
+    Kind.PEERS: _attention,
     Kind.EVAL: _eval,
     Kind.CACHES: _caches,
     Kind.MODELS: _models,

@@ -20,7 +20,7 @@ IMAGES, PAGES = (".png", ".svg", ".pdf"), (".html", ".htm")
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="JSON of runs of demo, eval, bench-models or make bench.")],
+    runs: Annotated[list[Path], typer.Argument(help="JSON of runs of demo, eval, bench-models, make bench or bench-peers.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg, .pdf or self-contained .html to write.")],
 ) -> None:
     """Draw runs: latency over context with fitted lines, memory over tokens, bytes by layer and step, quality over bytes."""

@@ -184,23 +184,33 @@ def _heat_map(title: str, found: Mapping[str, Any]) -> HeatMap:
 
 
 def _attention(data: Mapping[str, Any]) -> Extract:
+    """The operator alone, with or without other libraries' beside it: a variant may lack some contexts."""
     cases = [case for case in data["cases"] if case["variants"]]
     series: list[AnySeries] = []
     for shape, dtype in dict.fromkeys((case["shape"], case["dtype"]) for case in cases):
         chosen = sorted((c for c in cases if (c["shape"], c["dtype"]) == (shape, dtype)), key=lambda case: case["context"])
-        contexts = tuple(case["context"] for case in chosen)
-        title, names = f"{shape} {dtype}", list(chosen[0]["variants"])
-        curves = tuple(Curve(name, contexts, tuple(case["variants"][name]["median_ms"] for case in chosen)) for name in names)
+        title, names = f"{shape} {dtype}", dict.fromkeys(name for case in chosen for name in case["variants"])
+        found = {
+            name: [(case["context"], case["variants"][name]) for case in chosen if name in case["variants"]] for name in names
+        }
+        curves = tuple(
+            Curve(name, tuple(context for context, _ in each), tuple(measured["median_ms"] for _, measured in each))
+            for name, each in found.items()
+        )
         series.append(Latencies(title, curves, (), "call of a layer"))
         points = tuple(
-            Point(name, measured["bytes_fraction"], measured["relative_error"], str(case["context"]))
-            for name in names
-            for case in chosen
-            for measured in [case["variants"][name]]
+            Point(name, measured["bytes_fraction"], measured["relative_error"], str(context))
+            for name, each in found.items()
+            for context, measured in each
         )
         series.append(Quality(title, "relative error against float64", points))
-    skipped = [case for case in data["cases"] if not case["variants"]]
-    return Extract(tuple(series), tuple(f"{c['shape']} {c['context']} {c['dtype']}: {c['skipped']}" for c in skipped))
+    missing = [f"{_case(case)}: {case['skipped']}" for case in data["cases"] if case["skipped"]]
+    missing += [f"{_case(case)}, {name}: {why}" for case in cases for name, why in case.get("refused", {}).items()]
+    return Extract(tuple(series), tuple(missing))
+
+
+def _case(case: Mapping[str, Any]) -> str:
+    return f"{case['shape']} {case['context']} {case['dtype']}"
 
 
 _EVAL_METRICS = {
@@ -252,6 +262,7 @@ def _models(data: Mapping[str, Any]) -> Extract:
 _READERS: Mapping[Kind, Callable[[Mapping[str, Any]], Extract]] = {
     Kind.DEMO: _demo,
     Kind.ATTENTION: _attention,
+    Kind.PEERS: _attention,
     Kind.EVAL: _eval,
     Kind.CACHES: _caches,
     Kind.MODELS: _models,

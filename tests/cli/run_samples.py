@@ -169,6 +169,17 @@ def _attention() -> dict[str, Any]:
     return {"environment": asdict(MACHINE), "plan": plan, "descriptions": {}, "cases": [asdict(case) for case in cases]}
 
 
+def _peers() -> dict[str, Any]:
+    """The benchmark's cases with a peer that lacks a context, and one that refuses."""
+    data = _attention()
+    for case in data["cases"]:
+        case["copies"], case["refused"] = {}, {"openvino u8": "openvino is not installed"} if case["variants"] else {}
+    del data["cases"][0]["variants"]["sdpa packed"]
+    settings = {"dtype": "bfloat16", "rounds": 5, "tolerance": 2.0}
+    names = ("aligned", "stream", "sdpa packed", "openvino u8")
+    return {"environment": data["environment"], "settings": settings, "peers": dict.fromkeys(names, ""), "cases": data["cases"]}
+
+
 def _models() -> dict[str, Any]:
     entries = (ModelResult("first", demo_result()), ModelResult("second", None, "it is too short"))
     return SuiteResult(Settings(contexts=CONTEXTS), "bfloat16", MACHINE, entries).to_dict()
@@ -181,13 +192,14 @@ def sample(kind: str) -> dict[str, Any]:
         "eval": _eval,
         "caches": _caches,
         "attention": _attention,
+        "peers": _peers,
         "models": _models,
     }
     found: dict[str, Any] = json.loads(json.dumps(makers[kind](), default=str))
     return found
 
 
-KINDS = ("demo", "eval", "caches", "attention", "models")
+KINDS = ("demo", "eval", "caches", "attention", "peers", "models")
 
 
 def write(data: dict[str, Any], path: Path) -> Path:
