@@ -14,6 +14,7 @@ from rich.markup import escape
 from .bench_models.command import bench_models
 from .command_line import positive_list
 from .compare.command import compare
+from .costs_command import costs
 from .demo.console import open_console
 from .plots.command import plot
 
@@ -285,6 +286,7 @@ def env() -> None:
 
 app.command("bench-models")(bench_models)
 app.command()(compare)
+app.command()(costs)
 app.command()(plot)
 
 if __name__ == "__main__":
