@@ -29,7 +29,7 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 	tests/kernel/test_planes.py tests/kernel/test_certified.py tests/triton/test_triton_planes.py tests/triton/test_triton_model.py
 # A package tree for mypy: it cannot see that setuptools maps passes/ and lowering/ into alignedkv_compile.
 TYPED := build/typed/alignedkv_compile
-PARTS := bench_models cache capacity cost compare cost demo evaluate metrics plots state top
+PARTS := bench_models cache capacity compare cost demo evaluate metrics plots state top
 
 .PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-peers bench-gpu sweep-gpu gpu-codegen zoo clean
 
