@@ -21,6 +21,10 @@ LEAST_CONTEXT = 512
 NEVER = 2**31 - 1
 """A context that no cache reaches: reading every bit is the faster read at any."""
 
+MOST_QUERY_ROWS = 4
+"""New tokens up to which the read of few bits is the faster one on a CPU, group by group of query heads: its time grows with
+them, that of stock attention hardly does (``make bench-rows``: at 5 rows between 0.92 and 1.25 times as fast)."""
+
 ROWS_PER_PROCESSOR = 1024
 """An estimate until ``make sweep-gpu`` has measured it. On an H200 (132 multiprocessors) prototypes of the two reads took 66
 and 110 microseconds per million rows of 512 bytes, so a row saves 44 picoseconds; two more launches and their tails are put at

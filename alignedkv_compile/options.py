@@ -44,8 +44,9 @@ class Options:
             was measured there (see ``calibrate``), on a GPU more rows where pairs are few
             (:mod:`alignedkv_compile.break_even`). Where a cache never reaches it, no planes are kept.
         calibrate: where ``min_context`` is None, time both reads the first time that a CPU meets a kind of read (dtype, head
-            dimension, query heads per KV head), which takes some seconds, and keep the result beside Inductor's caches. False
-            is 512 rows for every read.
+            dimension, query heads per KV head), which takes some seconds, and keep the result beside Inductor's caches; and
+            leave queries of more than :data:`~alignedkv_compile.break_even.MOST_QUERY_ROWS` tokens to stock attention. False
+            is 512 rows for every read, of up to 16 tokens.
         strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is declined, and
             let internal errors through. A long query that keeps stock attention by design is not declined.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
@@ -86,6 +87,10 @@ class Options:
     def least_context(self, read: ReadShape) -> int:
         """``min_context``, or what pays for this kind of read when none was asked for."""
         return break_even.least_context(read) if self.min_context is None else self.min_context
+
+    def most_query_rows(self, read: ReadShape) -> int:
+        """New tokens up to which a read of few bits is wanted, as far as kernels take them."""
+        return break_even.NEVER
 
     @property
     def without_planes(self) -> Options:

@@ -20,7 +20,7 @@ from .rewrite import rewrite_pairs
 from .site_report import report_sites
 from .static_inputs import mark_written_caches
 from .verify import snapshot, verify_rewrite
-from .worth import AlignmentOptions
+from .worth import AlignmentOptions, leave_long_queries
 
 __all__ = ["rewrite_graph"]
 
@@ -44,7 +44,7 @@ def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options:
 
     module = copy_graph(gm)
     facts = gather_facts(module.graph, inference_only=inference_only)
-    findings = find_sites(facts, certified=options.certified)
+    findings = leave_long_queries(find_sites(facts, certified=options.certified), options)
     pairing = pair_caches(findings, facts)
     report = report_sites(pairing, options)
     before = snapshot(module, pairing, options)

@@ -11,8 +11,8 @@ from alignedkv_compile.break_even import LEAST_CONTEXT, NEVER
 from alignedkv_compile.contract import Outcome, SiteReport
 
 from .nodes import fake, is_symbolic, tensor_of
-from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, DeclinedSite, Pairing
-from .worth import AlignmentOptions, least_context, options_for
+from .records import AttentionSite, DeclinedSite, Pairing
+from .worth import AlignmentOptions, least_context, most_query_rows, options_for
 
 log = logging.getLogger("alignedkv_compile.passes")
 
@@ -30,7 +30,7 @@ def report_sites(pairing: Pairing, options: AlignmentOptions) -> tuple[SiteRepor
 
 
 def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
-    rows = f"{site.query_rows} query rows are more than {MAX_ALIGNED_QUERY_ROWS}"
+    rows = f"{site.query_rows} query rows are more than {most_query_rows(site, options)}"
     if site.outcome is Outcome.PREFILL and is_symbolic(fake(site.query).shape[-2]):
         rows = "the number of query rows varies"
     return SiteReport(

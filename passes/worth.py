@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from alignedkv_compile.break_even import ReadShape
+from alignedkv_compile.contract import Outcome
 
 from .nodes import constant, example_size, fake, is_symbolic
-from .records import AttentionSite
+from .records import MAX_ALIGNED_QUERY_ROWS, AttentionSite, Findings
 
 
 class AlignmentOptions(Protocol):
@@ -22,6 +24,8 @@ class AlignmentOptions(Protocol):
     def min_context(self) -> int | None: ...
 
     def least_context(self, read: ReadShape) -> int: ...
+
+    def most_query_rows(self, read: ReadShape) -> int: ...
 
     @property
     def memory(self) -> str: ...
@@ -52,6 +56,21 @@ def options_for(site: AttentionSite, options: AlignmentOptions) -> AlignmentOpti
         return options
     keeps_planes = options.memory == "beside" and read.can_reach(options.least_context(read))
     return options if keeps_planes else options.without_planes
+
+
+def leave_long_queries(findings: Findings, options: AlignmentOptions) -> Findings:
+    """The findings with stock attention for queries of more rows than pay."""
+    sites = tuple(
+        replace(site, outcome=Outcome.PREFILL) if site.query_rows > most_query_rows(site, options) else site
+        for site in findings.sites
+    )
+    return replace(findings, sites=sites)
+
+
+def most_query_rows(site: AttentionSite, options: AlignmentOptions) -> int:
+    """New tokens up to which a site is rewritten."""
+    read = site.kind.read_shape(site)
+    return MAX_ALIGNED_QUERY_ROWS if read is None else min(MAX_ALIGNED_QUERY_ROWS, options.most_query_rows(read))
 
 
 def least_context(site: AttentionSite, options: AlignmentOptions) -> int:

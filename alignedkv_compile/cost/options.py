@@ -24,9 +24,9 @@ class MeasuredOptions(Options):
     """Options whose break-even context is measured, the first time that a machine meets a kind of read."""
 
     def least_context(self, read: ReadShape) -> int:
-        accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
-        if read.device.type != "cpu" or self.min_context is not None or self.tolerance == 0 or self.certified:
+        if not self._chooses(read):
             return super().least_context(read)
+        accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
         if not read.can_reach(break_even.LEAST_CONTEXT):
             return break_even.LEAST_CONTEXT
         try:
@@ -34,6 +34,13 @@ class MeasuredOptions(Options):
         except Exception as error:  # no user's model fails for want of a measurement
             _log.warning("reads could not be timed, every bit is read below %d rows: %s", break_even.LEAST_CONTEXT, error)
             return super().least_context(read)
+
+    def most_query_rows(self, read: ReadShape) -> int:
+        return break_even.MOST_QUERY_ROWS if self._chooses(read) else super().most_query_rows(read)
+
+    def _chooses(self, read: ReadShape) -> bool:
+        """Whether the faster of two reads may be taken: the user has asked for neither, and both are known here."""
+        return read.device.type == "cpu" and self.min_context is None and self.tolerance > 0 and not self.certified
 
 
 def priced(options: Options) -> Options:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignedkv_compile import torch_private
-from alignedkv_compile.break_even import LEAST_CONTEXT, ReadShape
+from alignedkv_compile.break_even import LEAST_CONTEXT, MOST_QUERY_ROWS, ReadShape
 from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost import priced, records
 from alignedkv_compile.cost.crossover import Timing
@@ -106,6 +106,12 @@ def test_options_ask_once_for_each_kind_of_read(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(priced_options, "measure", never)
     assert priced(options).least_context(READ) == least
+
+
+def test_long_queries_are_left_to_stock_attention() -> None:
+    assert priced(Options()).most_query_rows(READ) == MOST_QUERY_ROWS
+    for options in (Options(calibrate=False), Options(min_context=7), Options(guarantee="worst_case"), Options(tolerance=0.0)):
+        assert priced(options).most_query_rows(READ) > 16
 
 
 def test_nothing_is_measured_for_a_cache_that_is_always_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.contract import Outcome
 from alignedkv_compile.options import Options
 
@@ -105,3 +106,20 @@ def test_single_rows_between_queries_of_all_lengths(eager_backend, kind: str) ->
         assert torch.equal(values, stock[1])
         past += rows
     assert len(backend.graphs) <= 4
+
+
+@pytest.mark.parametrize(("rows", "outcome"), [(4, Outcome.REWRITTEN), (5, Outcome.PREFILL)])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_queries_of_more_rows_than_pay_keep_stock_attention(make_harness, kind: str, rows: int, outcome: Outcome) -> None:
+    class AtMostFour(Options):
+        def most_query_rows(self, read: ReadShape) -> int:
+            return 4
+
+    harness = make_harness(AtMostFour(min_context=0))
+    layer = (static if kind == "static" else dynamic)(attend)
+    given = inputs(kind, "bool", rows, past=5)
+    expected = layer(*[one.clone() for one in given])
+    torch.testing.assert_close(torch.compile(layer, backend=harness, fullgraph=True)(*given), expected, rtol=0, atol=1e-5)
+    assert harness.outcomes == [outcome]
+    if outcome is Outcome.PREFILL:
+        assert "5 query rows are more than 4" in harness.reasons[0]
