@@ -14,7 +14,7 @@ from .cost import priced
 from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
-from .plane_builder import post_grad_pass
+from .own_kernels import post_grad_pass
 from .reasons import Reason
 from .report import REGISTRY, GraphReport
 from .runtime import Runtime

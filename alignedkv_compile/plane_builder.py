@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import lowering, torch_private
+from . import torch_private
 from .layout import PLANES_VALID
-
-
-def post_grad_pass(*extra: object) -> torch_private.PostGradPass:
-    """Our pass in Inductor, which keys its caches by our version, the sources of our lowerings, and ``extra``."""
-    return torch_private.PostGradPass([_package_version().encode(), lowering.source_hash(), repr(extra).encode()])
-
-
-def _package_version() -> str:
-    try:
-        return version("alignedkv-compile")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
+from .own_kernels import OwnKernels, compile_alone
 
 
 def _write_rows(
@@ -37,8 +24,7 @@ class PlaneBuilder:
     """Compiles the write op once per dtype, device and head shape; the number of rows and the capacity stay symbolic."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._compiled: dict[Hashable, list[torch_private.GuardedGraph]] = {}
+        self._kernels = OwnKernels()
 
     def rebuild(self, planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> None:
         """See :class:`alignedkv_compile.state.stores.Builder`."""
@@ -57,16 +43,8 @@ class PlaneBuilder:
         signature: Hashable = (backend, key.dtype, key.device, _shape_but_rows(key), _shape_but_rows(value), specialised)
         if not contiguous:
             signature = (signature, key.shape, key.stride(), value.shape, value.stride())
-        with self._lock:
-            variants = self._compiled.setdefault(signature, [])
-            for variant in variants:
-                if variant.accepts(args):
-                    return variant
-            lowering.register()
-            dynamic = ((0,), (2,), (2,), (0,)) if contiguous else ((), (), (), (0,))
-            patches = {torch_private.CUDA_GRAPHS: False}  # run once per cache, at addresses that change
-            variants.append(torch_private.compile_function(_write_rows, args, dynamic, patches, post_grad_pass("rebuild")))
-            return variants[-1]
+        dynamic = ((0,), (2,), (2,), (0,)) if contiguous else ((), (), (), (0,))
+        return self._kernels.get(signature, lambda: compile_alone(_write_rows, args, dynamic), args)
 
 
 def _shape_but_rows(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from torch._inductor.utils import run_and_get_code
 
 from alignedkv_compile import lowering, ops
 from alignedkv_compile.layout import arena_layout
-from alignedkv_compile.plane_builder import post_grad_pass
+from alignedkv_compile.own_kernels import post_grad_pass
 
 KERNELS = {
     "quantize_on_write": "new rows of K and V become 4-bit planes, scales and sums of blocks",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Hashable
 
 import torch
 
-from .. import lowering, torch_private
+from .. import torch_private
 from ..ops import load_rows, store_rows
-from ..plane_builder import post_grad_pass
+from ..own_kernels import Function, OwnKernels, compile_alone
 
 _log = logging.getLogger(__name__)
 
 COMPILED_ROWS = 2048
 """From so many rows of all heads on, compiling once (some seconds for each shape) is worth it."""
-
-Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def store(
@@ -87,8 +84,7 @@ class Kernels:
     """Compiles each function once per storage, dtype and head shape; rows and capacity stay symbolic."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._compiled: dict[Hashable, list[torch_private.GuardedGraph]] = {}
+        self._kernels = OwnKernels()
         self._broken = False
 
     def call(
@@ -112,17 +108,8 @@ class Kernels:
         _, key, value, positions, *extents = args
         specialised = (min(key.shape[2], 2), min(positions.shape[0], 2), *(min(extent.shape[0], 2) for extent in extents))
         signature: Hashable = (function, storage, key.dtype, key.shape[:2], key.shape[3], value.shape[3], specialised)
-        with self._lock:
-            variants = self._compiled.setdefault(signature, [])
-            for variant in variants:
-                if variant.accepts(args):
-                    return variant
-            lowering.register()
-            dynamic = ((0,), (2,), (2,), (0,), *((0,) for _ in extents))
-            patches = {torch_private.CUDA_GRAPHS: False}
-            key_of_caches = post_grad_pass(function.__name__, storage)
-            variants.append(torch_private.compile_function(function(storage), args, dynamic, patches, key_of_caches))
-            return variants[-1]
+        dynamic = ((0,), (2,), (2,), (0,), *((0,) for _ in extents))
+        return self._kernels.get(signature, lambda: compile_alone(function(storage), args, dynamic, storage), args)
 
 
 _KERNELS = Kernels()

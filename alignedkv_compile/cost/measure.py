@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from .. import lowering, torch_private
+from .. import torch_private
 from ..arena import mark
 from ..break_even import ReadShape
 from ..layout import ArenaLayout
 from ..ops import aligned_read_attention, quantize_on_write
-from ..plane_builder import post_grad_pass
+from ..own_kernels import compile_alone
 from .crossover import Timing
 from .inputs import query_factor
 
@@ -90,10 +90,8 @@ def _compiled(read: ReadShape, accuracy: Accuracy, example: tuple[torch.Tensor, 
         numbers = (live.shape[0], scale, 0.0, accuracy.tolerance, accuracy.unit_roundoff, 1)
         return (aligned_read_attention.default(query, key, value, planes, None, None, *numbers),)
 
-    lowering.register()
     rows = torch.empty(example[1].shape[2], 0)
-    patches = {torch_private.CUDA_GRAPHS: False}
-    graph = torch_private.compile_function(attend, (*example, rows), ((), (), (), (), (0,)), patches, post_grad_pass("cost"))
+    graph = compile_alone(attend, (*example, rows), ((), (), (), (), (0,)))
     _, key, value, planes = example
 
     def call(query: torch.Tensor, context: int) -> object:

@@ -21,7 +21,8 @@ from ..break_even import LEAST_CONTEXT
 from ..layout import arena_layout
 from ..ops import COUNTER_FIELDS, aligned_read_attention
 from ..options import UNIT_ROUNDOFF
-from ..plane_builder import PLANE_BUILDER, post_grad_pass
+from ..own_kernels import post_grad_pass
+from ..plane_builder import PLANE_BUILDER
 from ..torch_private import GuardedGraph, compile_function
 from .errors import EvaluationError
 

@@ -16,7 +16,7 @@ from alignedkv_compile import (
     alignedkv,
 )
 from alignedkv_compile.options import MODES, OPTION_NAMES, parse
-from alignedkv_compile.plane_builder import post_grad_pass
+from alignedkv_compile.own_kernels import post_grad_pass
 
 
 def test_defaults() -> None:

@@ -15,7 +15,7 @@ from alignedkv_compile import arena, lowering, ops, precision, reference_query
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.lowering.isa import machine_isa
 from alignedkv_compile.options import UNIT_ROUNDOFF
-from alignedkv_compile.plane_builder import post_grad_pass
+from alignedkv_compile.own_kernels import post_grad_pass
 from alignedkv_compile.reference_head import hadamard
 from alignedkv_compile.reference_scan import ScanCounts, read_scanned
 

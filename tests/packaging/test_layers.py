@@ -23,12 +23,12 @@ MAY_NOT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("layout", "row_header", "precision", "worst_case", "ops", "options", "errors"), ("passes", "lowering")),
     **dict.fromkeys(("arena", "reference"), ("passes", "lowering")),
     **dict.fromkeys(("contract", "reasons", "report", "logs", "statistics"), ("passes", "lowering", "runtime", "backend")),
-    "state": ("passes", "lowering", "contract", "plane_builder", "runtime", "backend"),
-    "plane_builder": ("passes", "runtime", "backend"),
+    "state": ("passes", "lowering", "contract", "own_kernels", "plane_builder", "runtime", "backend"),
+    **dict.fromkeys(("own_kernels", "plane_builder"), ("passes", "runtime", "backend")),
     "runtime": ("passes", "backend", "metrics"),
     "metrics": ("passes", "lowering", "runtime", "backend"),
     "lowering": ("passes", "reference", "backend", "runtime"),
-    "passes": ("lowering", "reference", "plane_builder", "runtime", "backend"),
+    "passes": ("lowering", "reference", "own_kernels", "plane_builder", "runtime", "backend"),
 }
 """First parts of module names, and those that they never import, not even in a function; ``reference`` is all of its files."""
 
