@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import report
+from ..break_even import ReadShape
+from ..cost import priced
+from ..options import parse
 from . import render
 from .document import Document, long_document
 from .environment import describe
@@ -63,6 +66,7 @@ def measure(settings: Settings, console: Console, load: Callable[[], LoadedModel
         past, reference = _prefill(progress, loaded, document, settings)
         _step(progress, "starting the C++ compiler", warm_up_compiler)
         options = {"tolerance": settings.tolerance, "stats": True}
+        _step(progress, "timing reads, once per machine", lambda: _time_reads(past, options))
         recompiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)  # type: ignore[attr-defined]
         with recompiling, stock_and_aligned(loaded.model, options) as variants:
             comparisons = tuple(_compare_all(progress, variants, past, document, settings))
@@ -129,6 +133,14 @@ def _check(
         for variant, ids in zip(variants, texts, strict=True)
     )
     return qualities, continuations
+
+
+def _time_reads(past: Past, options: Mapping[str, object]) -> None:
+    """Measure what the backend would measure while it compiles, so that it is in nobody's time to first token."""
+    chosen, query_heads = priced(parse(None, options)), past.config.get_text_config().num_attention_heads
+    for key, value in past.layers:
+        pairs, (_, heads, _, dim) = key.shape[0] * key.shape[1], key.shape
+        chosen.least_context(ReadShape(key.device, key.dtype, pairs, query_heads // heads, dim, value.shape[3]))
 
 
 def _prefill(progress: Progress, loaded: LoadedModel, document: Document, settings: Settings) -> tuple[Past, torch.Tensor]:

@@ -140,10 +140,10 @@ def test_tolerance_zero_needs_no_planes(make_harness, same_as_stock, operations)
 
 
 def test_options_reach_the_operator(make_harness, same_as_stock) -> None:
-    harness = make_harness(Options(tolerance=3.0, min_context=77, stats=True, accuracy=torch.float16))
+    harness = make_harness(Options(tolerance=3.0, min_context=7, stats=True, accuracy=torch.float16))
     same_as_stock(lambda *args: decode(*args, scale=0.5), harness, *inputs())
     (read,) = (node for node in harness.last.module.graph.nodes if "aligned_read_attention" in str(node.target))
-    expected = {"tolerance": 3.0, "min_context": 77, "unit_roundoff": 2.0**-11, "scale": 0.5, "length": ROWS, "site": 0}
+    expected = {"tolerance": 3.0, "min_context": 7, "unit_roundoff": 2.0**-11, "scale": 0.5, "length": ROWS, "site": 0}
     assert {name: read.kwargs[name] for name in expected} == expected
     assert harness.counters is not None
     assert harness.counters.shape[0] == 1
