@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,9 +29,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from alignedkv_compile.break_even import ReadShape
+from alignedkv_compile.cost import priced
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
 from alignedkv_compile.ops import COUNTER_FIELDS
+from alignedkv_compile.options import Options
 from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, effective_keys, exact_attention, synthetic
 from attention_variants import ALIGNED, DESCRIPTIONS, STREAM, Call, Prepared, make_calls, prepare
 
@@ -76,6 +79,7 @@ class Case:
         effective_keys: mean over heads (and layers) of exp(entropy of the weights).
         copies: layers that the calls went round.
         skipped: why the case was not run, or "".
+        least_context: live rows from which on a model on this machine reads few bits by default.
     """
 
     shape: str
@@ -84,11 +88,23 @@ class Case:
     effective_keys: float = 0.0
     copies: int = 0
     skipped: str = ""
+    least_context: int = 0
     variants: dict[str, Measured] = field(default_factory=dict)
 
     def ratio(self, baseline: str) -> float:
         """How many times faster the aligned read is than ``baseline``, by median."""
         return self.variants[baseline].median_ms / self.variants[ALIGNED].median_ms
+
+    @property
+    def default(self) -> str:
+        """The variant that a model on this machine runs at this context by default."""
+        return ALIGNED if self.context >= self.least_context else STREAM
+
+    @property
+    def over_better(self) -> float:
+        """Time of the default over that of the better of both reads."""
+        times = [self.variants[name].median_ms for name in (ALIGNED, STREAM)]
+        return self.variants[self.default].median_ms / min(times)
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ class Plan:
     max_gib: float
 
 
-def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case:
+def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, least_context: int) -> Case:
     """Time every variant in turns over ``layers`` (all of one shape)."""
     prepared = [prepare(layer) for layer in layers]
     shape, context = layers[0].shape, layers[0].context
@@ -129,7 +145,9 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan) -> Case
         bytes_read[ALIGNED] = totals["bytes_read"] / totals["calls"]
     variants = {name: summarize(rounds[name], errors[name], bytes_read[name], layers[0]) for name in names}
     keys = statistics.mean(effective_keys(layer) for layer in layers)
-    return Case(str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", variants)
+    return Case(
+        str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", least_context, variants
+    )
 
 
 def summarize(rounds: Sequence[float], error: float, bytes_read: float, layer: Layer) -> Measured:
@@ -191,7 +209,16 @@ def needed_gib(shape: Shape, context: int, dtype: torch.dtype, footprint_mib: fl
     return (1.6 * copies + repeated + 8 * context * shape.query_heads * 4) / 2**30
 
 
-def run_cases(cases: Sequence[tuple[str, int, str]], plan: Plan, console: Console) -> Iterator[Case]:
+def default_context(shape: Shape, dtype: torch.dtype, plan: Plan) -> int:
+    """Live rows from which on a model with such layers reads few bits by default, measured if this machine has not yet."""
+    options = Options(tolerance=plan.tolerance, accuracy=plan.accuracy)
+    read = ReadShape(torch.device("cpu"), dtype, shape.heads, shape.group, shape.head_dim, shape.head_dim)
+    return priced(options).least_context(read)
+
+
+def run_cases(
+    cases: Sequence[tuple[str, int, str]], plan: Plan, least_contexts: Mapping[tuple[str, str], int], console: Console
+) -> Iterator[Case]:
     """Measure synthetic cases; graphs are kept from one context to the next and dropped between shapes and dtypes."""
     calls: dict[str, Call] = {}
     compiled_for: tuple[str, str] | None = None
@@ -207,7 +234,7 @@ def run_cases(cases: Sequence[tuple[str, int, str]], plan: Plan, console: Consol
             torch.compiler.reset()
             calls, compiled_for = make_calls(plan.tolerance, plan.accuracy), (name, dtype_name)
         layer = synthetic(shape, context, dtype, plan.effective_keys)
-        yield measure(copies_of(layer, plan.footprint_mib), calls, plan)
+        yield measure(copies_of(layer, plan.footprint_mib), calls, plan, least_contexts[name, dtype_name])
 
 
 def time_table(cases: Sequence[Case]) -> Table:
@@ -224,7 +251,16 @@ def time_table(cases: Sequence[Case]) -> Table:
 def ratio_table(cases: Sequence[Case]) -> Table:
     """How many times faster the aligned read is than each baseline, what it reads, and its error beside streaming's."""
     baselines = [name for name in DESCRIPTIONS if name != ALIGNED]
-    figures = ["bytes\nread", "bytes\n/row", "ns\n/row", "GB/s", "rel.\nerror", "error of\nstream"]
+    figures = [
+        "bytes\nread",
+        "bytes\n/row",
+        "ns\n/row",
+        "GB/s",
+        "rel.\nerror",
+        "error of\nstream",
+        "default\nis",
+        "over\nbetter",
+    ]
     found = _table("the aligned read: times faster than each, and what it reads", baselines + figures)
     for case in cases:
         if not case.variants:
@@ -241,8 +277,16 @@ def ratio_table(cases: Sequence[Case]) -> Table:
             f"{aligned.gb_per_s:.1f}",
             f"{aligned.relative_error:.0e}",
             f"{case.variants[STREAM].relative_error:.0e}",
+            case.default,
+            f"{case.over_better:.2f}",
         )
     return found
+
+
+def _derived(case: Case) -> dict[str, object]:
+    """What the JSON holds beside the fields of a case."""
+    ratios = {"ratios": {name: case.ratio(name) for name in case.variants}}
+    return ratios | {"default": case.default, "over_better": case.over_better} if case.variants else ratios
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -303,11 +347,18 @@ def main(
     )
     grid = [(s, int(c), d) for d in dtypes.split(",") for s in shapes.split(",") for c in contexts.split(",")]
     cases: list[Case]
+    if kv is not None:
+        layers = captured(kv)
+        least_context = default_context(layers[0].shape, layers[0].key.dtype, plan)
+    else:
+        wanted = QUICK_CASES if quick else grid
+        kinds = {(name, dtype): (parse_shape(name), parse_dtype(dtype)) for name, _, dtype in wanted}
+        least_contexts = {kind: default_context(*parsed, plan) for kind, parsed in kinds.items()}
     with empty_inductor_cache(), torch.no_grad():
         if kv is not None:
-            cases = [measure(captured(kv), make_calls(plan.tolerance, plan.accuracy), plan)]
+            cases = [measure(layers, make_calls(plan.tolerance, plan.accuracy), plan, least_context)]
         else:
-            cases = list(run_cases(QUICK_CASES if quick else grid, plan, console))
+            cases = list(run_cases(wanted, plan, least_contexts, console))
     console.print(time_table(cases))
     console.print(ratio_table(cases))
     for name, description in DESCRIPTIONS.items():
@@ -316,7 +367,7 @@ def main(
         "environment": asdict(describe()),
         "plan": asdict(plan) | {"accuracy": accuracy, "inputs": str(kv) if kv is not None else "synthetic"},
         "descriptions": DESCRIPTIONS,
-        "cases": [asdict(case) | {"ratios": {n: case.ratio(n) for n in case.variants}} for case in cases],
+        "cases": [asdict(case) | _derived(case) for case in cases],
     }
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
