@@ -13,7 +13,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("passes/*.py", "alignedkv_compile/*.py", "tests/zoo/*.py")
+SOURCES = ("passes/**/*.py", "alignedkv_compile/*.py", "alignedkv_compile/state/*.py", "tests/zoo/*.py")
 COMPILED_SOURCES = ("lowering/**/*.py", "lowering/**/*.jinja")
 NOT_MEASURING = (
     "zoo.py",
