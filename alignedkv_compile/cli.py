@@ -36,6 +36,10 @@ def demo(
     tokens: Annotated[int | None, typer.Option(min=1, help="Timed tokens per variant, context and cache class.")] = None,
     positions: Annotated[int | None, typer.Option(min=1, help="Positions compared with the fp32 model.")] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="The backend's option of the same name.")] = 2.0,
+    min_context: Annotated[
+        int | None,
+        typer.Option(min=0, help="The backend's option of the same name: 512 to see few bits read; measured if not given."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own default if not given.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
 ) -> None:
@@ -57,6 +61,7 @@ def demo(
         positions=base.positions if positions is None else positions,
         tolerance=tolerance,
         threads=threads,
+        min_context=min_context,
     )
     console = open_console()
     try:

@@ -56,7 +56,8 @@ class Decoder:
     def graph(self, **options: Any) -> Callable[[], None]:
         """Decodes one token through a graph compiled with these options, which has run a few times already."""
         cache = self.past.static_cache(self.context, self.capacity)
-        compiled = torch.compile(self.model.forward, backend="alignedkv", options={"strict": True, "calibrate": False, **options})
+        options = {"strict": True, "calibrate": False, **options}
+        compiled = torch.compile(self.model.forward, backend="alignedkv", options=options)
 
         def step() -> None:
             compiled(input_ids=self.token, past_key_values=cache)

@@ -29,6 +29,7 @@ class Settings:
         continuation: greedily decoded tokens.
         tolerance: the backend's option.
         threads: of torch's intra-op pool; None leaves torch's default.
+        min_context: the backend's option.
     """
 
     contexts: tuple[int, ...] = (2048, 7936)
@@ -38,6 +39,7 @@ class Settings:
     continuation: int = 32
     tolerance: float = 2.0
     threads: int | None = None
+    min_context: int | None = None
 
     def following(self) -> int:
         """Tokens of the document that are decoded after a context."""

@@ -65,7 +65,7 @@ def measure(settings: Settings, console: Console, load: Callable[[], LoadedModel
         document = long_document(loaded.tokenizer, max(settings.contexts) + settings.following())
         past, reference = _prefill(progress, loaded, document, settings)
         _step(progress, "starting the C++ compiler", warm_up_compiler)
-        options = {"tolerance": settings.tolerance, "stats": True}
+        options = {"tolerance": settings.tolerance, "min_context": settings.min_context, "stats": True}
         _step(progress, "timing reads, once per machine", lambda: _time_reads(past, options))
         recompiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)  # type: ignore[attr-defined]
         with recompiling, stock_and_aligned(loaded.model, options) as variants:
