@@ -285,7 +285,7 @@ def ratio_table(cases: Sequence[Case]) -> Table:
 
 def _derived(case: Case) -> dict[str, object]:
     """What the JSON holds beside the fields of a case."""
-    ratios = {"ratios": {name: case.ratio(name) for name in case.variants}}
+    ratios: dict[str, object] = {"ratios": {name: case.ratio(name) for name in case.variants}}
     return ratios | {"default": case.default, "over_better": case.over_better} if case.variants else ratios
 
 
