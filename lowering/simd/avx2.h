@@ -49,9 +49,9 @@ static inline void store_bytes(int8_t* p, vi x) {
 static inline vi pick_bytes(const uint8_t* p, vi places) {
   return (vi)_mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)p)), (__m256i)places);
 }
-static inline void store_halves(void* p, vi x) {
-  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 8);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(halves));
+static inline void store_halves(void* p, vi low, vi high) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)low, (__m256i)high);  // of each half of both
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(halves, 0xd8));
 }
 static inline vf load_row(const float* p) { return load(p); }
 static inline vf load_row(const at::BFloat16* p) {

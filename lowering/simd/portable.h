@@ -17,7 +17,7 @@
 //   vi bytes_to_int(const uint8_t* p)      VL bytes
 //   void store_bytes(int8_t* p, vi x)      the low byte of each lane
 //   vi pick_bytes(const uint8_t* p, vi x)  p[b] for each byte b < VL of the lanes, zero where b's highest bit is set; reads VL bytes
-//   void store_halves(void* p, vi x)       VL uint16, of lanes that hold numbers of 16 bits
+//   void store_halves(void* p, vi a, vi b) 2 VL uint16, of lanes that hold numbers of 16 bits
 //   vf load_row(const T* p)                VL elements of the cache: T is float, at::BFloat16 or at::Half
 //   Wide::of, Wide::to_float, Wide::sum    declared in Wide
 //   COLUMNS                                an int: vectors of the output (1, 2 or 4) that a sum over rows keeps in registers at once
@@ -98,9 +98,9 @@ static inline vi pick_bytes(const uint8_t* p, vi places) {
   std::memcpy(&r, picked, sizeof r);
   return r;
 }
-static inline void store_halves(void* p, vi x) {
-  uint16_t halves[VL];
-  for (int i = 0; i < VL; ++i) halves[i] = (uint16_t)x[i];
+static inline void store_halves(void* p, vi low, vi high) {
+  uint16_t halves[2 * VL];
+  for (int i = 0; i < VL; ++i) halves[i] = (uint16_t)low[i], halves[VL + i] = (uint16_t)high[i];
   std::memcpy(p, halves, sizeof halves);
 }
 template <typename T>
