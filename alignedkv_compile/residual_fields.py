@@ -1,12 +1,12 @@
 """Residuals of bfloat16 rows: fields of one width for a row's numbers, and a byte more for those near zero. Eager torch.
 
-A number's code says that it lies within ``half`` of a middle ``c``. Where ``a = |c| - half`` is large, it has the sign of ``c`` and
-few bfloat16 numbers are that near: its *field* is the place of its magnitude among them, counted from that of ``a``. Numbers
-with ``a`` below the row's *threshold*, a power of two, *escape*: a byte is added to their field, and both hold the sign and the
-place among the magnitudes that end at the largest one which escapes, or 0 for a zero.
+A number's code says that it lies within ``half`` of a middle ``c``. Where ``a = |c| - half`` is large, it has the sign of ``c``
+and few bfloat16 numbers are that near: its *field* is the place of its magnitude among them, counted from that of ``a``.
+Numbers with ``a`` below the row's *threshold*, a power of two, *escape*: a byte is added to their field, and both hold the sign
+and the place among the magnitudes that end at the largest one which escapes, or 0 for a zero.
 
-Fields of one width and escapes that a comparison finds are what vectors decode without a look at the number before; places in as
-many bits as each needs (:mod:`.residual`) take a third less, but bfloat16 leaves eight bits for them, and these take six.
+Fields of one width and escapes that a comparison finds are what vectors decode without a look at the number before. Places in
+as many bits as each needs (:mod:`.residual`) take a third less, but bfloat16 leaves eight bits for them, and these take six.
 
 K and V of a row each have a width of 1 to 8 bits and a threshold; those are taken that need the fewest bytes. The row is
 
@@ -167,7 +167,7 @@ def pack_fields(key: Fields, value: Fields, widths: torch.Tensor, size: int) -> 
 
 
 def decode_fields(data: torch.Tensor, intervals: tuple[Intervals, Intervals]) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V ``[..., S, D]`` in bfloat16, out of residuals ``[..., S, size]`` that are not raw; what raw rows give is unspecified."""
+    """K and V ``[..., S, D]`` in bfloat16, out of residuals ``[..., S, size]``; what raw rows give is unspecified."""
     prefix = data[..., :PREFIX_BYTES].to(torch.int64)
     rows = []
     start = torch.full_like(prefix[..., 0], PREFIX_BYTES)

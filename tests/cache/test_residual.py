@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from alignedkv_compile import ops
 from alignedkv_compile.arena import arena_views, unpack_scales
-from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.bit_stream import packed_bits, unpacked_bits
+from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.residual import from_ordered_bits, ordered_bits
 from alignedkv_compile.residual_fields import PREFIX_BYTES, Intervals, decode_fields, encode_fields, pack_fields
 from alignedkv_compile.storage import STORAGES
