@@ -3,7 +3,7 @@
 Eight bits of a row's code say that a number lies in a short interval. Floating-point numbers in it, taken in order, are few
 where the interval is far from zero, and many near zero: the residual of a number is its place among them. Whoever reads the
 planes knows the intervals, so nothing else is stored. bfloat16 leaves room to spare, and :mod:`.residual_fields` has its
-format, made to be decoded fast. In float16 and float32 a place takes as many bits as its interval needs, and a row's residual is
+format, made to be decoded fast. In float16 and float32 a place takes as many bits as its interval needs; a row's residual is
 
     byte 0, 1    half widths of the intervals of K and of V: E = scale / 256 * (1 + byte / 8)
     byte 2, 3    how many bits the residuals of K take, little-endian
