@@ -1,8 +1,9 @@
 """What both planes leave out of a row, so that a lossless cache gives every number back bit for bit: the codec, in eager torch.
 
 Eight bits of a row's code say that a number lies in a short interval. Floating-point numbers in it, taken in order, are few
-where the interval is far from zero, and many near zero: the residual of a number is its place among them, in as many bits as
-the interval needs. Whoever reads the planes knows the intervals, so nothing else is stored. One row's residual is
+where the interval is far from zero, and many near zero: the residual of a number is its place among them. Whoever reads the
+planes knows the intervals, so nothing else is stored. bfloat16 leaves room to spare, and :mod:`.residual_fields` has its
+format, made to be decoded fast. In float16 and float32 a place takes as many bits as its interval needs; a row's residual is
 
     byte 0, 1    half widths of the intervals of K and of V: E = scale / 256 * (1 + byte / 8)
     byte 2, 3    how many bits the residuals of K take, little-endian
@@ -10,8 +11,8 @@ the interval needs. Whoever reads the planes knows the intervals, so nothing els
 
 in ``(Dk + Dv) * (size - 1)`` bytes, which with both planes make the bytes of the row itself. A row whose residuals do not fit,
 or that the arithmetic below cannot vouch for, is *raw*: planes and residual hold its bits as they are, and its scales are Inf,
-which is how kernels know rows that are to be read as they are. Gaussian rows of bf16 fill about half of the residual; the rows
-of fp16 models come near its end, and some are raw.
+which is how kernels know rows that are to be read as they are. Gaussian rows of bf16 fill about three quarters of the residual;
+the rows of fp16 models come near its end, and some are raw.
 
 The middle of an interval is computed with integers and single roundings of float32, so that every implementation gets the same
 bits: the 8-bit codes of K are transformed back as integers, and one product makes a number of the result.
@@ -24,11 +25,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .bit_stream import packed_bits, unpacked_bits
 from .layout import CODE_RANGE, HI_STEP, MID_STEP, hadamard_blocks
 from .reference_head import butterflies, dither
+from .residual_fields import LARGEST_SCALE, Intervals, decode_fields, encode_fields, pack_fields
 
 PREFIX_BYTES = 4
-"""Bytes of a residual in front of its bits."""
+"""Bytes of a residual in front of its bits, but for bfloat16."""
 WIDTH_STEP = 0.125
 """Half widths of intervals grow in these steps, in units of half a step of the 8-bit code."""
 WIDTHS = 256
@@ -79,8 +82,8 @@ def key_centers(codes: torch.Tensor, scale: torch.Tensor, positions: torch.Tenso
 
 def value_centers(codes: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Middles of the intervals of V rows: float32 ``[..., S, Dv]``; arguments as for :func:`key_centers`."""
-    numbers = (codes.to(torch.int32) * MID_STEP + (MID_STEP // 2 - CODE_RANGE)).to(torch.float32)
-    return (numbers - (dither(positions) * float(HI_STEP))[:, None]) * (scale * (1.0 / CODE_RANGE))[..., None]
+    middle = dither(positions) * float(HI_STEP // MID_STEP) + (CODES - 1) / 2
+    return (codes.to(torch.float32) - middle[:, None]) * (scale * (MID_STEP / CODE_RANGE))[..., None]
 
 
 @dataclass(frozen=True)
@@ -114,29 +117,30 @@ def encode_residual(
         positions: int64 ``[S]``.
     """
     size = (key.shape[-1] + value.shape[-1]) * (key.element_size() - 1)
-    parts = []
     codable = torch.ones(key.shape[:-1], dtype=torch.bool, device=key.device)
+    centers, units, widths = [], [], []
     for rows, codes, scale, centers_of in (
         (key, key_codes, key_scale, key_centers),
         (value, value_codes, value_scale, value_centers),
     ):
-        codable &= torch.isfinite(scale) & ((scale >= SMALLEST_SCALE) | (scale == 0))
-        centers = centers_of(codes, torch.where(codable, scale, 0.0), positions)
-        unit = torch.where(codable, scale, 0.0) * UNIT
-        farthest = (rows.float() - centers).abs().amax(-1)
-        steps = torch.ceil(torch.where(unit > 0, farthest / unit, 0.0) * (1 / WIDTH_STEP) - 1 / WIDTH_STEP) + 1
+        codable &= _in_range(scale, key.dtype)
+        held = torch.where(codable, scale, 0.0)
+        centers.append(centers_of(codes, held, positions))
+        units.append(held * UNIT)
+        farthest = (rows.float() - centers[-1]).abs().amax(-1)
+        steps = torch.ceil(torch.where(units[-1] > 0, farthest / units[-1], 0.0) * (1 / WIDTH_STEP) - 1 / WIDTH_STEP) + 1
         codable &= steps < WIDTHS  # false for a NaN
-        width = torch.where(codable, steps, 0.0).clamp(0, WIDTHS - 1)
-        lowest, bits = _intervals(centers, unit, width, rows.dtype)
-        place = ordered_bits(rows) - lowest
-        codable &= ((place >= 0) & (place < 1 << bits)).all(-1)
-        parts.append((width, place.clamp_min(0), bits))
-    (key_width, key_place, key_bits), (value_width, value_place, value_bits) = parts
-    codable &= key_bits.sum(-1) + value_bits.sum(-1) <= (size - PREFIX_BYTES) * 8
-    places, bits = torch.cat([key_place, value_place], -1), torch.cat([key_bits, value_bits], -1)
-    stream = _packed_bits(torch.where(codable[..., None], places, 0), torch.where(codable[..., None], bits, 0), size)
-    prefix = torch.stack([key_width, value_width, key_bits.sum(-1) % 256, key_bits.sum(-1) // 256], -1).to(torch.uint8)
-    data = torch.cat([prefix, stream[..., PREFIX_BYTES:]], -1)
+        widths.append(torch.where(codable, steps, 0.0).clamp(0, WIDTHS - 1))
+    halves = [_half_width(unit, width) for unit, width in zip(units, widths, strict=True)]
+    if key.dtype == torch.bfloat16:
+        fields = [
+            encode_fields(rows, Intervals.around(middle, half))
+            for rows, middle, half in zip((key, value), centers, halves, strict=True)
+        ]
+        data, fits = pack_fields(fields[0], fields[1], torch.stack(widths, -1).to(torch.int64), size)
+    else:
+        data, fits = _pack_places((key, value), centers, halves, widths, size)
+    codable &= fits
     verbatim = torch.cat([_bytes(key)[..., :-1].flatten(-2), _bytes(value)[..., :-1].flatten(-2)], -1)
     return Residual(~codable, torch.where(codable[..., None], data, verbatim))
 
@@ -162,13 +166,17 @@ def decode_residual(
         key_centers(key_codes, torch.where(raw, 0.0, key_scale), positions),
         value_centers(value_codes, torch.where(raw, 0.0, value_scale), positions),
     )
-    units = [torch.where(raw, 0.0, scale) * UNIT for scale in (key_scale, value_scale)]
-    intervals = [
-        _intervals(middle, unit, data[..., place].float(), dtype)
-        for place, (middle, unit) in enumerate(zip(centers, units, strict=True))
+    halves = [
+        _half_width(torch.where(raw, 0.0, scale) * UNIT, data[..., place].float())
+        for place, scale in enumerate((key_scale, value_scale))
     ]
-    lowest, bits = (torch.cat(parts, -1) for parts in zip(*intervals, strict=True))
-    rows = from_ordered_bits(lowest + _unpacked_bits(data, torch.where(raw[..., None], 0, bits)), dtype)
+    if dtype == torch.bfloat16:
+        around = (Intervals.around(centers[0], halves[0]), Intervals.around(centers[1], halves[1]))
+        rows = torch.cat(decode_fields(data, around), -1)
+    else:
+        intervals = [_places(middle, half, dtype) for middle, half in zip(centers, halves, strict=True)]
+        lowest, bits = (torch.cat(parts, -1) for parts in zip(*intervals, strict=True))
+        rows = from_ordered_bits(lowest + unpacked_bits(data, torch.where(raw[..., None], 0, bits), PREFIX_BYTES * 8), dtype)
     verbatim = torch.cat(
         [data.unflatten(-1, (-1, dtype.itemsize - 1)), torch.cat([key_codes, value_codes], -1).to(torch.uint8)[..., None]], -1
     )
@@ -176,12 +184,40 @@ def decode_residual(
     return rows[..., :key_dim], rows[..., key_dim:]
 
 
-def _intervals(
-    centers: torch.Tensor, unit: torch.Tensor, width: torch.Tensor, dtype: torch.dtype
+def _in_range(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bool: rows of this scale are not raw for it."""
+    if dtype == torch.bfloat16:
+        return (scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)
+    return torch.isfinite(scale) & ((scale >= SMALLEST_SCALE) | (scale == 0))
+
+
+def _half_width(unit: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    return unit * (width * WIDTH_STEP + 1)
+
+
+def _pack_places(
+    rows: tuple[torch.Tensor, torch.Tensor],
+    centers: list[torch.Tensor],
+    halves: list[torch.Tensor],
+    widths: list[torch.Tensor],
+    size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residuals uint8 ``[..., S, size]`` of float16 and float32, and bool ``[..., S]``, which rows they hold."""
+    places, bits = [], []
+    for numbers, middle, half in zip(rows, centers, halves, strict=True):
+        lowest, needed = _places(middle, half, numbers.dtype)
+        places.append(ordered_bits(numbers) - lowest)
+        bits.append(needed)
+    place, needed, key_bits = torch.cat(places, -1), torch.cat(bits, -1), bits[0].sum(-1)
+    codable = ((place >= 0) & (place < 1 << needed)).all(-1) & (needed.sum(-1) <= (size - PREFIX_BYTES) * 8)
+    prefix = torch.stack([*(width.to(torch.int64) for width in widths), key_bits % 256, key_bits // 256], -1)
+    numbers, taken = torch.cat([prefix, place.clamp_min(0)], -1), torch.cat([torch.full_like(prefix, 8), needed], -1)
+    return packed_bits(numbers, torch.where(codable[..., None], taken, 0), size), codable
+
+
+def _places(centers: torch.Tensor, half: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The first number of each interval in :func:`ordered_bits`, and how many bits its numbers' places take: int64."""
-    half = (unit * (width * WIDTH_STEP + 1))[..., None]
-    low, high = ((centers - half).to(dtype).contiguous(), (centers + half).to(dtype).contiguous())
+    low, high = ((centers - half[..., None]).to(dtype).contiguous(), (centers + half[..., None]).to(dtype).contiguous())
     first = torch.where(low == 0, -1, ordered_bits(low))  # both zeros belong to an interval that ends at one
     last = torch.where(high == 0, 0, ordered_bits(high))
     count = last - first
@@ -194,28 +230,3 @@ def _intervals(
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
     """uint8 ``[..., D, size]``, the lowest byte first."""
     return rows.contiguous().view(torch.uint8).unflatten(-1, (-1, rows.element_size()))
-
-
-def _starts(bits: torch.Tensor) -> torch.Tensor:
-    return bits.cumsum(-1) - bits + PREFIX_BYTES * 8
-
-
-def _packed_bits(numbers: torch.Tensor, bits: torch.Tensor, size: int) -> torch.Tensor:
-    """``numbers`` one behind another, ``bits`` of each, behind a prefix of zeros: uint8 ``[..., size]``."""
-    spread = torch.zeros(*bits.shape[:-1], size * 8 + 1, dtype=torch.uint8, device=bits.device)  # the last takes what is no bit
-    starts = _starts(bits)
-    for bit in range(int(bits.max()) if bits.numel() else 0):
-        place = torch.where(bit < bits, starts + bit, size * 8)
-        spread.scatter_(-1, place, (numbers >> bit & 1).to(torch.uint8))
-    weights = 1 << torch.arange(8, device=bits.device)
-    return (spread[..., :-1].unflatten(-1, (size, 8)).to(torch.int64) * weights).sum(-1).to(torch.uint8)
-
-
-def _unpacked_bits(data: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`_packed_bits`: int64, shaped like ``bits``."""
-    spread = (data[..., None] >> torch.arange(8, device=data.device, dtype=torch.uint8) & 1).flatten(-2)
-    starts, numbers = _starts(bits), torch.zeros_like(bits)
-    for bit in range(int(bits.max()) if bits.numel() else 0):
-        place = (starts + bit).clamp_max(spread.shape[-1] - 1)
-        numbers += torch.where(bit < bits, spread.gather(-1, place).to(torch.int64) << bit, 0)
-    return numbers

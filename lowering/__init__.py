@@ -18,6 +18,7 @@ _SOURCES = (
     "layout.py",
     "storage.py",
     "residual.py",
+    "residual_fields.py",
     "row_header.py",
     "precision.py",
     "worst_case.py",

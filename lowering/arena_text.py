@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import layout as layout_module
-from .. import residual
+from .. import residual, residual_fields
 from ..layout import ArenaLayout, hadamard_blocks, padded_head_dim
 from ..storage import WINDOW
 from .cpp_kernel import render
@@ -78,6 +78,7 @@ def packed_rows(arena: ArenaLayout, dtype: torch.dtype) -> str:
         lanes=chosen_target().lanes,
         bfloat16=dtype == torch.bfloat16,
         hadamard=[(start, size, residual.block_gain(size)) for start, size in _hadamard(arena.key_dim)],
+        fields=residual_fields,
         codes=residual.CODES,
         unit=residual.UNIT,
         width_step=residual.WIDTH_STEP,

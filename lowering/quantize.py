@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import sympy
+import torch
 
-from .. import ops, residual
+from .. import ops, residual, residual_fields
 from ..inductor_private import V, empty_strided, ir, register_lowering
 from ..layout import ArenaLayout
 from ..storage import BESIDE, STORAGES
@@ -55,7 +56,10 @@ class RowsTemplate(Template):
             vectors=vector_header(),
             arena=arena_header(self.arena),
             rows=packed_rows(self.arena, key.get_dtype()),
+            bfloat16=key.get_dtype() == torch.bfloat16,
+            fields=residual_fields,
             smallest_scale=residual.SMALLEST_SCALE,
+            largest_scale=residual_fields.LARGEST_SCALE,
             unit=residual.UNIT,
             width_step=residual.WIDTH_STEP,
             widths=residual.WIDTHS,

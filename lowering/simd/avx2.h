@@ -46,6 +46,13 @@ static inline void store_bytes(int8_t* p, vi x) {
   const int32_t words[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
   std::memcpy(p, words, VL);
 }
+static inline vi pick_bytes(const uint8_t* p, vi places) {
+  return (vi)_mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)p)), (__m256i)places);
+}
+static inline void store_halves(void* p, vi low, vi high) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)low, (__m256i)high);  // of each half of both
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(halves, 0xd8));
+}
 static inline vf load_row(const float* p) { return load(p); }
 static inline vf load_row(const at::BFloat16* p) {
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);

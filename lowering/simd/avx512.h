@@ -33,6 +33,13 @@ static inline vf compact(vf x, uint32_t b) { return (vf)_mm512_maskz_compress_ps
 static inline vf expand(vf x, uint32_t b) { return (vf)_mm512_maskz_expand_ps((__mmask16)b, (__m512)x); }
 static inline vi bytes_to_int(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 static inline void store_bytes(int8_t* p, vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x)); }
+static inline vi pick_bytes(const uint8_t* p, vi places) {
+  return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)), (__m512i)places);
+}
+static inline void store_halves(void* p, vi low, vi high) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)low));
+  _mm256_storeu_si256((__m256i*)p + 1, _mm512_cvtepi32_epi16((__m512i)high));
+}
 static inline vf load_row(const float* p) { return load(p); }
 static inline vf load_row(const at::BFloat16* p) {
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);

@@ -16,6 +16,8 @@
 //   vf expand(vf x, uint32_t b)            the first lanes in the lanes whose bit is set; anything in the others
 //   vi bytes_to_int(const uint8_t* p)      VL bytes
 //   void store_bytes(int8_t* p, vi x)      the low byte of each lane
+//   vi pick_bytes(const uint8_t* p, vi x)  p[b] for each byte b < VL of the lanes, zero where b's highest bit is set; reads VL bytes
+//   void store_halves(void* p, vi a, vi b) 2 VL uint16, of lanes that hold numbers of 16 bits
 //   vf load_row(const T* p)                VL elements of the cache: T is float, at::BFloat16 or at::Half
 //   Wide::of, Wide::to_float, Wide::sum    declared in Wide
 //   COLUMNS                                an int: vectors of the output (1, 2 or 4) that a sum over rows keeps in registers at once
@@ -87,6 +89,19 @@ static inline vi bytes_to_int(const uint8_t* p) {
 }
 static inline void store_bytes(int8_t* p, vi x) {
   for (int i = 0; i < VL; ++i) p[i] = (int8_t)x[i];
+}
+static inline vi pick_bytes(const uint8_t* p, vi places) {
+  uint8_t place[4 * VL], picked[4 * VL];
+  std::memcpy(place, &places, sizeof place);
+  for (int i = 0; i < 4 * VL; ++i) picked[i] = place[i] & 0x80 ? 0 : p[place[i] % VL];
+  vi r;
+  std::memcpy(&r, picked, sizeof r);
+  return r;
+}
+static inline void store_halves(void* p, vi low, vi high) {
+  uint16_t halves[2 * VL];
+  for (int i = 0; i < VL; ++i) halves[i] = (uint16_t)low[i], halves[VL + i] = (uint16_t)high[i];
+  std::memcpy(p, halves, sizeof halves);
 }
 template <typename T>
 static inline vf load_row(const T* p) {

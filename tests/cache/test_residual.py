@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from alignedkv_compile import ops
 from alignedkv_compile.arena import arena_views, unpack_scales
+from alignedkv_compile.bit_stream import packed_bits, unpacked_bits
 from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.residual import from_ordered_bits, ordered_bits
+from alignedkv_compile.residual_fields import PREFIX_BYTES, Intervals, decode_fields, encode_fields, pack_fields
 from alignedkv_compile.storage import STORAGES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -66,12 +68,50 @@ def test_zeros_of_both_signs_come_back(dtype: torch.dtype) -> None:
     assert torch.equal(bits(values), bits(value))
 
 
-def test_gaussian_rows_of_bf16_are_not_raw() -> None:
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_gaussian_rows_of_bf16_are_not_raw(dim: int) -> None:
     """Were they, every read would take their 16 bits: what the residual is for would be lost."""
     generator = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(1, 1, 500, 64, generator=generator).bfloat16() for _ in range(2))
+    key, value = (torch.randn(1, 1, 500, dim, generator=generator).bfloat16() for _ in range(2))
     *_, scale = held(key, value)
     assert bool(torch.isfinite(scale).all())
+
+
+def exact_intervals(rows: torch.Tensor, half: float) -> Intervals:
+    """As if codes had said each number itself."""
+    return Intervals.around(rows.float(), torch.full(rows.shape[:-1], half))
+
+
+def test_fields_are_as_wide_as_their_numbers_need() -> None:
+    """A number of [1, 2) within 1/64 lies among 4 of bfloat16, and one of [2, 4) among 2; nothing escapes."""
+    rows = torch.linspace(1.1, 1.9, 16).bfloat16()[None]
+    found = encode_fields(rows, exact_intervals(rows, 1 / 64))
+    assert (found.width.item(), int(found.escaped.sum()), found.size.item()) == (2, 0, 4)
+    assert encode_fields(2 * rows, exact_intervals(2 * rows, 1 / 64)).width.item() == 1
+
+
+def test_numbers_near_zero_escape_and_cost_a_byte() -> None:
+    rows = torch.linspace(1.1, 1.9, 16).bfloat16()[None]
+    rows[0, 3], rows[0, 5], rows[0, 7] = 0.0, -0.0, -0.001
+    intervals = exact_intervals(rows, 1 / 64)
+    found = encode_fields(rows, intervals)
+    assert found.escaped.nonzero()[:, 1].tolist() == [3, 5, 7]
+    assert bool(found.codable)
+    data, fits = pack_fields(found, found, torch.zeros(1, 2, dtype=torch.int64), 32)
+    assert bool(fits)
+    for decoded in decode_fields(data, (intervals, intervals)):
+        assert torch.equal(bits(decoded), bits(rows))
+    size = PREFIX_BYTES + 2 * int(found.size)
+    assert not bool(pack_fields(found, found, torch.zeros(1, 2, dtype=torch.int64), size - 1)[1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 2**20 - 1)), min_size=1, max_size=30), st.integers(0, 15))
+def test_bits_come_out_of_bytes_as_they_went_in(fields: list[tuple[int, int]], start: int) -> None:
+    taken = torch.tensor([[start, *(bits for bits, _ in fields)]])
+    numbers = torch.tensor([[0, *(number & (1 << bits) - 1 for bits, number in fields)]])
+    data = packed_bits(numbers, taken, -(-int(taken.sum()) // 8))
+    assert torch.equal(unpacked_bits(data, taken[:, 1:], start), numbers[:, 1:])
+    assert torch.equal(unpacked_bits(data, taken[:, 1:], torch.tensor([start])), numbers[:, 1:])
 
 
 @given(st.sampled_from(DTYPES), st.integers(0, 2**31))

@@ -85,6 +85,26 @@ static inline __m128i cvtepi32_epi8(__m512i a) {
   std::memcpy(&r, b, 16);
   return r;
 }
+static inline __m256i cvtepi32_epi16(__m512i a) {
+  auto x = split<int32_t>(a);
+  int16_t h[16];
+  for (int i = 0; i < 16; ++i) h[i] = (int16_t)x.lane[i];
+  __m256i r;
+  std::memcpy(&r, h, 32);
+  return r;
+}
+static inline __m512i broadcast_i32x4(__m128i a) {
+  char r[64];
+  for (int i = 0; i < 4; ++i) std::memcpy(r + 16 * i, &a, 16);
+  __m512i all;
+  std::memcpy(&all, r, 64);
+  return all;
+}
+static inline __m512i shuffle_epi8(__m512i a, __m512i places) {
+  auto x = split<uint8_t>(a), y = split<uint8_t>(places), r = x;
+  for (int i = 0; i < 64; ++i) r.lane[i] = y.lane[i] & 0x80 ? 0 : x.lane[i / 16 * 16 + y.lane[i] % 16];
+  return join<__m512i>(r);
+}
 static inline __m512i slli_epi32(__m512i a, int n) { return map<uint32_t>(a, [n](uint32_t x) { return x << n; }); }
 static inline __m512i srli_epi16(__m512i a, int n) { return map<uint16_t>(a, [n](uint16_t x) { return (uint16_t)(x >> n); }); }
 static inline __m512i and_si512(__m512i a, __m512i b) { return zip<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; }); }
@@ -137,6 +157,9 @@ static inline double reduce_add_pd(__m512d a) {
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
+#define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
+#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
+#define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_and_si512 emulated::and_si512

@@ -10,7 +10,7 @@ import torch
 from cases import Case, exact, keyed_caches, make_case, relative_errors
 
 from alignedkv_compile import ops
-from alignedkv_compile.arena import arena_views
+from alignedkv_compile.arena import arena_views, unpack_scales
 from alignedkv_compile.layout import ArenaLayout
 from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.storage import STORAGES
@@ -79,6 +79,49 @@ def test_the_way_through_an_arena(shape: tuple[str, torch.dtype, int, int], isa:
         key[0, 0, 5, 3], value[0, 0, 9, 1] = 0.0, 0.0
         ops.store_rows.default(mine, key, value, torch.arange(rows), rows, storage)
     check_read(case, mine, storage)
+
+
+KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # what the numbers of a head look like, from normal ones
+    "normal": lambda x: x,
+    "alike": lambda x: x.sign() * (1 + x.abs() / 8),  # few near zero: narrow fields, no escape
+    "heavy tails": lambda x: x**3,
+    "very heavy tails": lambda x: x**9,  # most are near zero: raw
+    "mostly zeros": lambda x: torch.where(x > 1.2, x, 0.0),
+    "zeros of both signs": lambda x: x.sign() * 0.0,
+    "few values": lambda x: x.round(),
+    "tiny": lambda x: x * 2.0**-99,
+    "beyond the smallest scale": lambda x: x * 2.0**-110,
+    "huge": lambda x: x * 2.0**96,
+    "beyond the largest scale": lambda x: x * 2.0**101,
+    "one outlier": lambda x: torch.cat([x[..., :1] * 1e4, x[..., 1:]], -1),
+    "powers of two": lambda x: torch.exp2((x * 4).round()) * x.sign(),
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (13, 80), (136, 16)], ids=["64-64", "13-80", "136-16"])
+def test_rows_of_all_kinds_come_back(shape: tuple[int, int], isa: str) -> None:
+    """bfloat16 residuals of many widths, and raw rows: the reference's bytes, and the rows, to the last one of the arena."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 32  # whole groups: the last row's residual ends the section
+    heads = 2 * len(KINDS)
+    made, normal = ([[torch.randn(rows, dim, generator=generator) for dim in shape] for _ in KINDS] for _ in range(2))
+    made = [[make(x) for x in head] for make, head in zip(KINDS.values(), made, strict=True)]
+    key = torch.stack([key for key, _ in made] + [key for key, _ in normal])[None].bfloat16()
+    value = torch.stack([value for _, value in normal] + [value for _, value in made])[None].bfloat16()
+    layout = ArenaLayout(heads, rows, *shape, STORAGES["lossless"], 2)
+    mine, reference = (torch.zeros(layout.total, dtype=torch.uint8) for _ in range(2))
+    new = (key, value, torch.arange(rows), rows, "lossless")
+    ops.store_rows.default(reference, *new)
+    run(ops.store_rows.default, mine, *new)
+    for name in SECTIONS:
+        assert torch.equal(*(getattr(arena_views(planes, layout), name) for planes in (mine, reference))), name
+    views = arena_views(mine, layout)
+    fields = views.residual[torch.isfinite(unpack_scales(views.scales)[0])]  # of rows that are not raw
+    assert {*range(2, 7)} <= set((fields[:, 2] & 15).tolist()) | set((fields[:, 2] >> 4).tolist())
+    few = torch.arange(2)
+    decoded = run(ops.load_rows.default, mine, key[:, :, :2], value[:, :, :2], few, rows, rows, "lossless")
+    for got, right in zip(decoded, (key, value), strict=True):
+        assert torch.equal(bits(got), bits(right))
 
 
 def check_read(case: Case, planes: torch.Tensor, storage: str) -> None:
