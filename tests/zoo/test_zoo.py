@@ -15,6 +15,7 @@ import zoo_backend
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from zoo_classes import GROUPS, ZooClass, generative_classes, select
+from zoo_decode import Decoded
 from zoo_figures import Status, figures, reasons, status
 from zoo_models import tiny_config, tiny_model
 from zoo_overrides import OVERRIDES
@@ -23,6 +24,7 @@ from zoo_pool import Limits, run_tasks, tasks
 from zoo_results import ClassResult, Combination, ResultFolder, Run, SiteCount, Verdict, from_json, source_version
 from zoo_rules import HEAD_DIM, WINDOW, cap_of
 from zoo_shrink import shrink
+from zoo_verdict import judge
 from zoo_worker import DTYPES, check_combinations, combinations
 
 PATTERNS = {
@@ -110,6 +112,16 @@ def fails(
 )
 def test_a_defect_is_caught(defect: zoo_backend.CompileGraph, verdict: str) -> None:
     assert {each.verdict for each in run("OPTForCausalLM", "static", "float32", 1, defect)} == {verdict}
+
+
+def test_a_second_draw_of_stock_counts_where_it_errs_more() -> None:
+    def decoded(error: float) -> Decoded:
+        return Decoded((torch.ones(1, 4, dtype=torch.float64) + error,), {})
+
+    truth, stock, ours = decoded(0.0), decoded(1e-6), decoded(1e-5)
+    assert not judge(ours, stock, truth, torch.float32).right
+    assert judge(ours, stock, truth, torch.float32, decoded(5e-6)).right
+    assert not judge(decoded(1e-4), stock, truth, torch.float32, decoded(5e-6)).right
 
 
 def test_a_cache_that_nobody_reports_is_seen() -> None:

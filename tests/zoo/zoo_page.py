@@ -20,7 +20,8 @@ its configuration names), and decodes with a StaticCache and with a DynamicCache
 
 **How it is measured.** Seven tokens of prefill by stock eager, then six single tokens, the same for all, so that a sliding
 window of ten rows becomes full and rolls. Each step's logits and the whole cache at the end are compared with the same
-weights in float64: the error may be three times stock eager's own in that dtype, and four roundings of the largest number
+weights in float64: the error may be three times stock's own in that dtype (eager; where that is exceeded, also
+compiled by the backend "eager", whichever errs more), and four roundings of the largest number
 (`tests/zoo/zoo_verdict.py`). `min_context` is 0, so that a dozen rows are not too few to skip bits. Graphs go through the
 passes and the runtime; PyTorch's own kernels and the operators' references stand in for Inductor's code (`--compiled` runs
 the product itself). The weights are scaled so that attention matters: a wrong row of the cache shows.

@@ -11,6 +11,10 @@ where ``u`` is the unit roundoff of the model's dtype:
 3 for the scatter between two draws, and the second term for those logits that stock
 happens to hit exactly. Each tensor of the cache is judged in the same way at the end.
 
+A model that amplifies roundings may give stock a lucky draw: Gemma 3n in fp32, whose sparse activations cut at a quantile, errs
+by 4e-6 eagerly and by 1.2e-5 under ``torch.compile(backend="eager")``. So where the limit is exceeded, that second draw of
+stock is made too, and the larger of both errors counts. A wrong row of the cache is orders of magnitude off in fp32.
+
 Some models cannot run in float64. Then the truth for bf16 is fp32, and for fp32 it is stock itself, whose error is taken to be
 ``16 * u * (largest logit)``.
 """
@@ -47,29 +51,35 @@ class Judgement:
         return self.error <= 1.0
 
 
-def judge(actual: Decoded, stock: Decoded, truth: Decoded | None, dtype: torch.dtype) -> Judgement:
+def judge(
+    actual: Decoded, stock: Decoded, truth: Decoded | None, dtype: torch.dtype, again: Decoded | None = None
+) -> Judgement:
     """Compare a result with stock's and the truth; without a truth, stock's own result is taken for it.
 
-    ``dtype`` is the model's: logits and states may be fp32 in a bf16 model, but are no more exact for that.
+    ``dtype`` is the model's: logits and states may be fp32 in a bf16 model, but are no more exact for that. ``again`` is
+    stock's result by another order of operations, where there is one.
     """
     roundoff = UNIT_ROUNDOFF[dtype]
     missing = sorted(set(stock.cache) ^ set(actual.cache))
     if missing:
         return Judgement(float("inf"), f"{missing[0]}: in one cache only")
-    judgements = [_judge_tensors("logits", actual.logits, stock.logits, None if truth is None else truth.logits, roundoff)]
+    draws = [stock] if again is None else [stock, again]
+    true: Sequence[torch.Tensor] | None = None if truth is None else truth.logits
+    judgements = [_judge_tensors("logits", actual.logits, [draw.logits for draw in draws], true, roundoff)]
     for name in stock.cache:
         true = None if truth is None or name not in truth.cache else (truth.cache[name],)
-        judgements.append(_judge_tensors(name, (actual.cache[name],), (stock.cache[name],), true, roundoff))
+        judgements.append(_judge_tensors(name, (actual.cache[name],), [(draw.cache[name],) for draw in draws], true, roundoff))
     return max(judgements, key=lambda one: (one.error != one.error, one.error))
 
 
 def _judge_tensors(
     name: str,
     actual: Sequence[torch.Tensor],
-    stock: Sequence[torch.Tensor],
+    draws: Sequence[Sequence[torch.Tensor]],
     truth: Sequence[torch.Tensor] | None,
     roundoff: float,
 ) -> Judgement:
+    stock = draws[0]
     if [one.shape for one in actual] != [one.shape for one in stock]:
         return Judgement(float("inf"), f"{name}: shape {tuple(actual[0].shape)}, not {tuple(stock[0].shape)}")
     if not stock[0].numel():
@@ -78,7 +88,7 @@ def _judge_tensors(
         equal = all(torch.equal(left, right) for left, right in zip(actual, stock, strict=True))
         return Judgement(0.0 if equal else float("inf"), name)
     scale = max(float(step.double().abs().max()) for step in (truth or stock))
-    stock_error = UNKNOWN_ERROR * roundoff * scale if truth is None else _distance(stock, truth)
+    stock_error = UNKNOWN_ERROR * roundoff * scale if truth is None else max(_distance(draw, truth) for draw in draws)
     limit = SCATTER * stock_error + ROUNDINGS * roundoff * scale
     error = _distance(actual, truth or stock)
     return Judgement(error / limit if limit else 0.0 if error == 0 else float("inf"), name)

@@ -93,17 +93,19 @@ def check_combinations(model: TinyModel, kind: str, dtype: str, compile_graph: C
             apart = {name: one for each in alone for name, one in decode_compiled(model, kind, each, steps).items()}
             decoded = apart if right(apart) else decoded
     except Exception as error:
-        control = _control(model, kind, known, steps, DTYPES[dtype])
+        control, _ = _control(model, kind, known, steps, DTYPES[dtype])
         verdict = Verdict.NOT_ON_STOCK if control else Verdict.ERROR
         return [Run(each, verdict, control or describe(error), **_seen(backend, each)) for each in both]  # type: ignore[arg-type]
-    runs = []
+    runs, again = [], None
+    if not right(decoded):
+        control, again = _control(model, kind, known, steps, DTYPES[dtype])
+        if control:
+            return [Run(each, Verdict.NOT_ON_STOCK, control, **_seen(backend, each)) for each in both]  # type: ignore[arg-type]
     for each in both:
-        judgement = judge(decoded[str(each.tolerance)], known.result, known.truth, DTYPES[dtype])
+        judgement = judge(decoded[str(each.tolerance)], known.result, known.truth, DTYPES[dtype], again)
         verdict = Verdict.RIGHT if judgement.right else Verdict.WRONG
         run = Run(each, verdict, "", judgement.error, judgement.where, **_seen(backend, each))  # type: ignore[arg-type]
         runs.append(replace(run, rows_in_full=_rows_in_full() if each.tolerance else None))
-    if any(run.verdict is Verdict.WRONG for run in runs) and (control := _control(model, kind, known, steps, DTYPES[dtype])):
-        runs = [replace(run, verdict=Verdict.NOT_ON_STOCK, message=control) for run in runs]
     return runs
 
 
@@ -126,15 +128,17 @@ def _run_stock(model: TinyModel, kind: str, steps: int, own: torch.dtype) -> _St
     return _Stock(result, truth, "")
 
 
-def _control(model: TinyModel, kind: str, known: _Stock, steps: int, dtype: torch.dtype) -> str:
-    """Why ``torch.compile(backend="eager")`` does not give stock's result either, or ""."""
+def _control(model: TinyModel, kind: str, known: _Stock, steps: int, dtype: torch.dtype) -> tuple[str, Decoded | None]:
+    """Why ``torch.compile(backend="eager")`` does not give stock's result either, or "" and its result."""
     assert known.result is not None
     try:
         decoded = decode_compiled(model, kind, ZooBackend({"": {}}, stock), steps)
     except Exception as error:
-        return f'torch.compile(backend="eager"): {describe(error)}'
+        return f'torch.compile(backend="eager"): {describe(error)}', None
     judgement = judge(decoded[""], known.result, known.truth, dtype)
-    return "" if judgement.right else f'torch.compile(backend="eager") differs from eager in {judgement.where}'
+    if not judgement.right:
+        return f'torch.compile(backend="eager") differs from eager in {judgement.where}', None
+    return "", decoded[""]
 
 
 def _seen(backend: ZooBackend, combination: Combination) -> Mapping[str, object]:
