@@ -77,7 +77,7 @@ def test_one_graph_for_all_query_lengths(steps: Any, tolerance: float) -> None:
 
 
 def test_one_graph_serves_two_caches_with_planes_of_their_own(steps: Any) -> None:
-    compiled = compile_step(steps.static, tolerance=2.0)
+    compiled = compile_step(steps.static, tolerance=2.0, min_context=0)
     caches = [steps.inputs(96), steps.inputs(96)]
     before = len(STORES.of(SidecarStore))
     for _ in range(3):
@@ -230,7 +230,7 @@ def test_inference_mode(steps: Any) -> None:
 
 
 def test_repeated_eager_writes_are_reported(steps: Any) -> None:
-    compiled, inputs = compile_step(steps.static, tolerance=2.0), steps.inputs(96)
+    compiled, inputs = compile_step(steps.static, tolerance=2.0, min_context=0), steps.inputs(96)
     for _ in range(MAX_CONSECUTIVE_REBUILDS + 2):
         inputs.keys.mul_(1.5)
         compare_static(compiled, steps, inputs, 1)
@@ -285,7 +285,7 @@ def test_report_is_plain_data_and_rich(steps: Any) -> None:
 
 
 def test_threads_with_models_of_their_own(steps: Any) -> None:
-    compiled = compile_step(steps.static, tolerance=2.0)
+    compiled = compile_step(steps.static, tolerance=2.0, min_context=0)
     compare_static(compiled, steps, steps.inputs(96), 1)
     failures: list[BaseException] = []
 

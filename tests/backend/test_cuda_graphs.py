@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import alignedkv_compile
-from alignedkv_compile import passes
+from alignedkv_compile import break_even, passes
 from alignedkv_compile.passes.caches.append import NO_CUDA_GRAPHS
 from alignedkv_compile.runtime import Runtime
 
@@ -71,7 +71,10 @@ def skips() -> int:
     return counters["inductor"]["cudagraph_skips"]
 
 
-def test_a_static_decode_is_recorded_once_and_replayed(tiny_llama: Any, graphs: EmulatedCudaGraphs) -> None:
+def test_a_static_decode_is_recorded_once_and_replayed(
+    tiny_llama: Any, graphs: EmulatedCudaGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(break_even, "LEAST_CONTEXT", 1)  # torch takes no options beside a mode
     forward = torch.compile(tiny_llama.forward, backend="alignedkv", mode="reduce-overhead")
     ours, stock = (Decoding(tiny_llama, static_cache(tiny_llama)) for _ in range(2))
     for _ in range(STEPS):

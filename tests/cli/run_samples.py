@@ -156,6 +156,7 @@ def _attention() -> dict[str, Any]:
             128.0,
             4,
             "",
+            2048,
             {
                 "aligned": measured(0.1 + 1e-5 * context, 0.3),
                 "stream": measured(0.05 + 2e-5 * context, 1.0),
