@@ -38,6 +38,7 @@ def compare_static(compiled: Any, steps: Any, inputs: Any, count: int, rows: int
         assert torch.equal(inputs.values, values)
 
 
+@pytest.mark.slow
 def test_a_graph_without_attention_is_plain_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     returned = []
     compile_graph = torch_private.compile_graph

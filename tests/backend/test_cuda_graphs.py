@@ -86,7 +86,7 @@ def test_a_static_decode_is_recorded_once_and_replayed(
     assert (decode.skipped, len(decode.recordings), decode.replays, skips()) == (None, 1, STEPS - 2, 0)
 
 
-@pytest.mark.parametrize("who", ["alignedkv", "alignedkv without marks", "inductor"])
+@pytest.mark.parametrize("who", ["alignedkv", "alignedkv without marks", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_cache_first_used_by_compiled_code(
     tiny_llama: Any, graphs: EmulatedCudaGraphs, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +112,7 @@ def test_a_cache_first_used_by_compiled_code(
     assert "self.layers[layer_idx].update(" in decode.skipped, "one of them is named, by where it is written"
 
 
+@pytest.mark.slow
 def test_two_caches_in_turn_are_two_recordings(tiny_llama: Any, graphs: EmulatedCudaGraphs) -> None:
     forward = compiled(tiny_llama)
     pairs = [[Decoding(tiny_llama, static_cache(tiny_llama), seed) for _ in range(2)] for seed in range(2)]
@@ -156,6 +157,7 @@ def test_replays_count_as_calls_do(tiny_llama: Any, graphs: EmulatedCudaGraphs, 
     assert counted[1]["calls"] == 2 * STEPS
 
 
+@pytest.mark.slow
 def test_a_growing_cache_is_not_captured(tiny_llama: Any, graphs: EmulatedCudaGraphs) -> None:
     from transformers import DynamicCache
 

@@ -209,7 +209,7 @@ class AlignedLives(CacheLives):
     ROWS: ClassVar[tuple[int, ...]] = (1,)
 
 
-@pytest.mark.parametrize("lives", [ExactLives, AlignedLives])
+@pytest.mark.parametrize("lives", [pytest.param(ExactLives, marks=pytest.mark.slow), AlignedLives])
 def test_caches_live_as_in_stock(lives: type[CacheLives]) -> None:
     # static and dynamic, three query lengths, pasts with the strides of a tensor and of a buffer's view: more than 8 graphs
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=512):

@@ -84,6 +84,7 @@ def check_results(data: dict[str, Any]) -> None:
         assert not any(found["wrong"] for found in entry["variants"].values())
 
 
+@pytest.mark.slow
 def test_dry_run_walks_every_section_of_a_bare_checkout(bare_environment: dict[str, str], tmp_path: Path):
     arguments = (str(BENCHMARKS / "gpu.py"), "--dry-run", "--repeats", "2", "--tokens", "2", "--json", "gpu.json")
     result = bare_python(bare_environment, tmp_path, *arguments)

@@ -178,6 +178,7 @@ def test_plot_reads_the_file_and_names_refusals(tmp_path: Path):
     assert MACHINE.packages.keys() <= run.environment["packages"].keys()
 
 
+@pytest.mark.slow
 def test_script_runs_whatever_is_installed(tmp_path: Path):
     arguments = ["--shapes", "4/2/64", "--contexts", "128", "--rounds", "1", "--turn-ms", "0", "--footprint-mib", "0"]
     arguments += ["--only", "sdpa packed,onnxruntime,openvino,ggml", "--keys", "16", "--threads", "1"]

@@ -116,7 +116,7 @@ def test_attention_that_a_model_writes_out(harness, name: str, kind: str, change
     assert harness.outcomes == [Outcome.REWRITTEN] * 2
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_layers_with_sliding_windows(eager_backend, kind: str) -> None:
     model = build("Qwen2", sliding_window=9, layer_types=["sliding_attention", "full_attention"], use_sliding_window=True)
     backend = eager_backend(2.0)

@@ -144,7 +144,11 @@ def masks(rows: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", list(masks(8)))
+SLOW_MASKS = ("random", "half empty", "bfloat16 finfo.min", "some rows prohibited")
+"""Each looks like another one to the kernels; ``make test-all`` has them."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_MASKS)) for name in masks(8)])
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
 def test_masks(name: str, tolerance: float) -> None:
     rows = 400
@@ -232,6 +236,7 @@ def _one_compilation() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_compilation")
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 500),
     peak=st.sampled_from([0.0, 0.5, 2.0, 6.0]),

@@ -43,8 +43,9 @@ def decode(model: Any, forward: Any, kind: str) -> torch.Tensor:
     return torch.cat(steps, 1)[0].float()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
-@pytest.mark.parametrize("tolerance", [pytest.param(0.0, marks=pytest.mark.slow), 2.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("tolerance", [0.0, 2.0])
 def test_decode_as_triton(llama: Any, kind: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"strict": True, "min_context": 0, "tolerance": tolerance, "stats": True}
 
