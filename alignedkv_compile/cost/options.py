@@ -8,16 +8,20 @@ import time
 from dataclasses import fields
 
 from .. import break_even
-from ..break_even import NEVER, ReadShape
+from ..break_even import ReadShape
 from ..options import Options
 from .crossover import Timing
 from .measure import Accuracy, measure
-from .records import RECORDS, kind_of
+from .records import RECORDS, Kind, kind_of
 
 _log = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "ALIGNEDKV_CALIBRATE"
 """Set to 0, nothing is measured, whatever the options say: for tests, and where compiling has to be reproducible."""
+
+
+_FAILED: set[Kind] = set()
+"""Reads that could not be timed: every layer of a model would try, and wait for it, again."""
 
 
 class MeasuredOptions(Options):
@@ -29,9 +33,12 @@ class MeasuredOptions(Options):
         accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
         if not read.can_reach(break_even.LEAST_CONTEXT):
             return break_even.LEAST_CONTEXT
+        if kind_of(read, accuracy) in _FAILED:
+            return super().least_context(read)
         try:
             return measured_least_context(read, accuracy)
         except Exception as error:  # no user's model fails for want of a measurement
+            _FAILED.add(kind_of(read, accuracy))
             _log.warning("reads could not be timed, every bit is read below %d rows: %s", break_even.LEAST_CONTEXT, error)
             return super().least_context(read)
 
@@ -64,6 +71,4 @@ def measured_least_context(read: ReadShape, accuracy: Accuracy) -> int:
         _log.info("timed reads once for this machine (%.1f s): %s", time.perf_counter() - started, kind)
         return timings
 
-    least = RECORDS.find_or(kind, timed).least_context
-    _log.info("%s: every bit is read %s", kind, "at any context" if least == NEVER else f"below {least} rows")
-    return least
+    return RECORDS.find_or(kind, timed).least_context

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ import torch
 from .. import lowering, torch_private
 from ..break_even import ReadShape
 from ..lowering.isa import chosen_isa
+from ..processor import processor
 from .crossover import Timing, least_context
 from .measure import Accuracy, pairs_at_a_time
 
@@ -127,7 +127,7 @@ class Records:
 def machine() -> dict[str, str]:
     """What measurements hold for."""
     return {
-        "processor": _processor(),
+        "processor": processor()[0],
         "instructions": chosen_isa(),
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
@@ -138,15 +138,6 @@ def machine() -> dict[str, str]:
 def machine_key() -> str:
     """A short name of :func:`machine`."""
     return hashlib.sha256(repr(sorted(machine().items())).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _record(entry: Mapping[str, object]) -> Record:

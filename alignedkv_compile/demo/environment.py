@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..lowering.isa import chosen_isa
+from ..processor import processor
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "alignedkv-compile")
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
@@ -47,7 +48,7 @@ class Environment:
 
 def describe() -> Environment:
     """The environment of this process, now."""
-    cpu, flags = _processor()
+    cpu, flags = processor()
     return Environment(
         cpu=cpu,
         capability=torch.backends.cpu.get_cpu_capability(),
@@ -76,19 +77,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _processor() -> tuple[str, frozenset[str]]:
-    """Name and feature flags from ``/proc/cpuinfo``; the platform module's name and no flags elsewhere."""
-    fields: dict[str, str] = {}
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    return fields.get("model name") or platform.processor() or platform.machine(), frozenset(fields.get("flags", "").split())
 
 
 def _memory_gib() -> float:

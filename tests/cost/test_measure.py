@@ -19,7 +19,7 @@ from alignedkv_compile.cost.records import Records
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CONTEXTS", (256, 1024))
     monkeypatch.setattr(measuring, "ROUNDS", 3)
-    monkeypatch.setattr(measuring, "FLUSH_BYTES", 2**16)
+    monkeypatch.setattr(measuring, "_flush_bytes", lambda: 2**16)
 
 
 def test_both_reads_are_timed_at_every_context() -> None:

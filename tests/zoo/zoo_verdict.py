@@ -12,8 +12,9 @@ where ``u`` is the unit roundoff of the model's dtype:
 happens to hit exactly. Each tensor of the cache is judged in the same way at the end.
 
 A model that amplifies roundings may give stock a lucky draw: Gemma 3n in fp32, whose sparse activations cut at a quantile, errs
-by 4e-6 eagerly and by 1.2e-5 under ``torch.compile(backend="eager")``. So where the limit is exceeded, that second draw of
-stock is made too, and the larger of both errors counts. A wrong row of the cache is orders of magnitude off in fp32.
+by 4e-6 eagerly and by 1.2e-5 under ``torch.compile(backend="eager")`` (looked at once). So where the limit is exceeded, that
+second draw of stock is made too, and the larger of both errors counts. A wrong row of the cache is orders of magnitude off in
+fp32.
 
 Some models cannot run in float64. Then the truth for bf16 is fp32, and for fp32 it is stock itself, whose error is taken to be
 ``16 * u * (largest logit)``.
