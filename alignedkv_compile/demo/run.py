@@ -137,10 +137,12 @@ def _check(
 
 def _time_reads(past: Past, options: Mapping[str, object]) -> None:
     """Measure what the backend would measure while it compiles, so that it is in nobody's time to first token."""
-    chosen, query_heads = priced(parse(None, options)), past.config.get_text_config().num_attention_heads
+    chosen = priced(parse(None, options))
+    query_heads = getattr(past.config.get_text_config(), "num_attention_heads", 0)  # 0: the backend measures when it compiles
     for key, value in past.layers:
-        pairs, (_, heads, _, dim) = key.shape[0] * key.shape[1], key.shape
-        chosen.least_context(ReadShape(key.device, key.dtype, pairs, query_heads // heads, dim, value.shape[3]))
+        batch, heads, _, dim = key.shape
+        if group := query_heads // heads:
+            chosen.least_context(ReadShape(key.device, key.dtype, batch * heads, group, dim, value.shape[3]))
 
 
 def _prefill(progress: Progress, loaded: LoadedModel, document: Document, settings: Settings) -> tuple[Past, torch.Tensor]:
