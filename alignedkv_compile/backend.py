@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch.fx
 
@@ -14,6 +15,7 @@ from .cost import priced
 from .errors import DeclinedError, UnknownOptionError
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
+from .outlined import OutlinedGraph
 from .own_kernels import post_grad_pass
 from .reasons import Reason
 from .report import REGISTRY, GraphReport
@@ -72,19 +74,29 @@ def _compile_rewritten(
     if options.strict and declined:
         links = sorted({site.kind.link for site in declined if site.kind is not None})
         raise DeclinedError([describe_site(site) for site in declined], links)
+    patches = options.inductor_patches()
+    outline = passes.outline_layers(rewritten) if _shares_layers(options) else None
     if not rewritten.is_changed:
-        return torch_private.compile_graph(gm, example_inputs, options.inductor_patches())
+        if outline is None:
+            return torch_private.compile_graph(gm, example_inputs, patches)
+        return OutlinedGraph(outline, partial(torch_private.compile_region, patches=patches))
     log_rewritten(graph_report.name, rewritten.module)
     lowering.register()
-    patches = options.inductor_patches()
     if rewritten.no_cuda_graphs and options.cuda_graphs:
         patches[torch_private.CUDA_GRAPHS] = False
         graph_report.declined_cuda_graphs = rewritten.no_cuda_graphs
         _log.info("%s: %s", graph_report.name, rewritten.no_cuda_graphs)
-    compiled = torch_private.compile_graph(
-        rewritten.module, rewritten.example_inputs, patches, post_grad_pass(replace(options, shadow_every=0))
+    added = post_grad_pass(replace(options, shadow_every=0))
+    compiled = (
+        torch_private.compile_graph(rewritten.module, rewritten.example_inputs, patches, added)
+        if outline is None
+        else OutlinedGraph(outline, partial(torch_private.compile_region, patches=patches, post_grad=added))
     )
     return Runtime(compiled, rewritten, options, graph_report)
+
+
+def _shares_layers(options: Options) -> bool:
+    return options.share_layers and not torch_private.freezes_weights(options.inductor_patches())
 
 
 def _declined(site: SiteReport, reason: str) -> SiteReport:

@@ -59,6 +59,8 @@ class Options:
             other caches is read, and nothing is kept for it.
         shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
             :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
+        share_layers: compile layers that compute the same once, on CPUs, instead of once each: the first token comes sooner, and
+            each later one pays some microseconds per layer for the calls. Has no effect with Inductor's ``freezing``.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
         mode: one of :data:`MODES`, or None.
     """
@@ -73,6 +75,7 @@ class Options:
     assume_exclusive_cache: bool = False
     memory: str = "beside"
     shadow_every: int = 0
+    share_layers: bool = True
     inductor: Mapping[str, object] = field(default_factory=dict, hash=False)
     mode: str | None = None
 
@@ -202,6 +205,7 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "accuracy": _accuracy,
     "assume_exclusive_cache": _flag,
     "shadow_every": _call_count,
+    "share_layers": _flag,
     "inductor": _inductor,
 }
 

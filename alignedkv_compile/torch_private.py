@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch._C import _functorch as functorch  # vmap's wrappers have no storage; what they wrap has
@@ -138,6 +139,32 @@ def compile_graph(
     patches[slot] = appended_pass(patches.get(slot, getattr(inductor_config, slot)), post_grad)
     with repaired_bounds_checks():
         return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
+
+
+def compile_region(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    others: Sequence[Mapping[sympy.Symbol, sympy.Symbol]],
+    patches: Mapping[str, object],
+    post_grad: PostGradPass | None = None,
+) -> CompiledGraph:
+    """:func:`compile_graph` for a part of a graph that serves several places.
+
+    Args:
+        others: for each further place its symbols by those of ``example_inputs``. What the compiler comes to assume of the
+            ones, Dynamo will then guard for the others, too.
+    """
+    from torch._guards import TracingContext, tracing  # what AOTAutograd leaves in Dynamo's context is about whole graphs
+
+    mode = detect_fake_mode(list(example_inputs))
+    shape_env = mode.shape_env
+    known = len(shape_env.guards) if shape_env is not None else 0
+    with tracing(TracingContext(mode)):
+        compiled = compile_graph(module, example_inputs, patches, post_grad)
+    for guard in list(shape_env.guards[known:]) if shape_env is not None else ():
+        for names in others:
+            assert shape_env.evaluate_expr(guard.expr.xreplace(names)), f"{guard.expr} holds for one layer of several"
+    return compiled
 
 
 def passes_through_backends() -> tuple[type[BaseException], ...]:
@@ -300,6 +327,11 @@ def asks_for_cuda_graphs(patches: Mapping[str, object]) -> bool:
     return bool(patches.get(CUDA_GRAPHS, inductor_config.triton.cudagraphs))
 
 
+def freezes_weights(patches: Mapping[str, object]) -> bool:
+    """Whether Inductor is asked to compile weights in as constants."""
+    return bool(patches.get("freezing", inductor_config.freezing))
+
+
 TRITON_DEVICES = ("cuda", "xpu")
 """Device types for which Inductor generates Triton; torch calls ROCm devices ``cuda`` too."""
 
@@ -314,6 +346,13 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def placeholder_symbol(size: torch.SymInt) -> sympy.Symbol | None:
+    """The symbol that Inductor defines where a size is a graph's input: the one it was made with, though it may by now be known to
+    equal another."""
+    expression = size.node._expr
+    return expression if isinstance(expression, sympy.Symbol) else None
 
 
 def fresh_size(mode: FakeTensorMode, example: int, name: str, largest: int | None = None) -> torch.SymInt:

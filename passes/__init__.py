@@ -15,6 +15,7 @@ from alignedkv_compile.contract import RewrittenGraph
 from .facts import gather_facts
 from .find import find_sites
 from .graph_copy import copy_graph
+from .outline import outline_layers
 from .pair import pair_caches
 from .rewrite import rewrite_pairs
 from .site_report import report_sites
@@ -22,7 +23,7 @@ from .static_inputs import mark_written_caches
 from .verify import snapshot, verify_rewrite
 from .worth import AlignmentOptions, leave_long_queries
 
-__all__ = ["rewrite_graph"]
+__all__ = ["outline_layers", "rewrite_graph"]
 
 
 def rewrite_graph(gm: GraphModule, example_inputs: Sequence[object], *, options: AlignmentOptions) -> RewrittenGraph:

@@ -19,7 +19,8 @@ from alignedkv_compile.backend import alignedkv
 from alignedkv_compile.layout import PLANES_VALID
 from alignedkv_compile.ops import quantize_on_write
 from alignedkv_compile.options import parse
-from alignedkv_compile.passes import rewrite_graph
+from alignedkv_compile.outlined import OutlinedGraph
+from alignedkv_compile.passes import outline_layers, rewrite_graph
 from alignedkv_compile.passes.nodes import is_metadata
 from alignedkv_compile.report import GraphReport
 from alignedkv_compile.runtime import Runtime
@@ -44,11 +45,16 @@ _STORES = Stores(_EagerPlanes())
 
 
 def pass_only(gm: GraphModule, example_inputs: Sequence[object], options: Mapping[str, object]) -> tuple[Compiled, GraphReport]:
-    """The passes and the runtime; PyTorch's own kernels and the operators' references stand in for Inductor's code."""
+    """The passes and the runtime; PyTorch's own kernels and the operators' references stand in for Inductor's code.
+
+    Every graph is cut at its layers' borders that can be, however few layers there are.
+    """
     choices = parse(None, options)
     rewritten = rewrite_graph(gm, example_inputs, options=choices)
     report = GraphReport("", sites=rewritten.sites)
-    return Runtime(rewritten.module, rewritten, choices, report, _STORES), report
+    outline = outline_layers(rewritten, most_compiled=1.0)
+    run = rewritten.module if outline is None else OutlinedGraph(outline, lambda module, *_: module)
+    return Runtime(run, rewritten, choices, report, _STORES), report
 
 
 def compiled(gm: GraphModule, example_inputs: Sequence[object], options: Mapping[str, object]) -> tuple[Compiled, GraphReport]:
