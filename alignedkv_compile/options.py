@@ -59,8 +59,8 @@ class Options:
             other caches is read, and nothing is kept for it.
         shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
             :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
-        share_layers: compile layers that compute the same once, on CPUs, instead of once each: the first token comes sooner, and
-            each later one pays some microseconds per layer for the calls. Has no effect with Inductor's ``freezing``.
+        share_layers: on CPUs, compile layers that compute the same once instead of once each: the first token comes sooner, and
+            later ones pay some microseconds for the calls. Has no effect with Inductor's ``freezing``.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
         mode: one of :data:`MODES`, or None.
     """

@@ -7,6 +7,7 @@ layers that compute the same; here they are compiled and called in the graph's o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,18 +91,29 @@ class OutlinedGraph:
 
     def __init__(self, outline: Outline, compile_region: Callable[..., CompiledGraph]) -> None:
         compiled = [compile_region(region.module, region.example_inputs, region.others) for region in outline.regions]
-        self._calls = [(compiled[call.region], call.inputs, call.outputs, call.freed) for call in outline.calls]
+        self._calls = [(compiled[call.region], _getter(call.inputs), call.outputs, call.freed) for call in outline.calls]
         self._rows = outline.rows
-        self._spare = outline.slots - outline.inputs - len(outline.rows)
-        self._outputs = outline.outputs
+        self._spare = [None] * (outline.slots - outline.inputs - len(outline.rows))
+        self._outputs = _getter(outline.outputs)
 
     def __call__(self, *inputs: Any) -> Sequence[object]:
         """Run the graph on its inputs and return its outputs."""
-        slots: list[Any] = [*inputs, *(inputs[rows.tensor].narrow(0, rows.first, rows.count) for rows in self._rows)]
-        slots += [None] * self._spare
+        slots: list[Any] = [
+            *inputs,
+            *(inputs[rows.tensor].narrow(0, rows.first, rows.count) for rows in self._rows),
+            *self._spare,
+        ]
         for compiled, arguments, results, freed in self._calls:
-            for slot, result in zip(results, compiled(*[slots[slot] for slot in arguments]), strict=True):
+            returned = compiled(*arguments(slots))
+            for slot, result in zip(results, returned, strict=True):
                 slots[slot] = result
             for slot in freed:
                 slots[slot] = None
-        return [slots[slot] for slot in self._outputs]
+        return self._outputs(slots)
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Takes the values at ``places`` out of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)

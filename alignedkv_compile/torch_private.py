@@ -164,7 +164,8 @@ def compile_region(
     for guard in list(shape_env.guards[known:]) if shape_env is not None else ():
         for names in others:
             assert shape_env.evaluate_expr(guard.expr.xreplace(names)), f"{guard.expr} holds for one layer of several"
-    return compiled
+    # Dynamo is off while it runs what a backend returned: what turns it off at each call would only take time.
+    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def passes_through_backends() -> tuple[type[BaseException], ...]:
@@ -349,8 +350,8 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def placeholder_symbol(size: torch.SymInt) -> sympy.Symbol | None:
-    """The symbol that Inductor defines where a size is a graph's input: the one it was made with, though it may by now be known to
-    equal another."""
+    """The symbol that Inductor defines where a size is a graph's input: the one that it was made with, though it may equal
+    another by now."""
     expression = size.node._expr
     return expression if isinstance(expression, sympy.Symbol) else None
 

@@ -1,8 +1,8 @@
 """Cutting a rewritten graph at the borders of its layers, so that layers that compute the same are compiled once.
 
-A layer is a module that stands in a list of modules (``model.layers[3]``); what Dynamo traced in it is one run of nodes. Runs
-of two layers are the same region if their nodes differ only in which tensors they are given and in the row of the statistics
-that a read records in. Anything that could make a compiled region depend on more than its arguments keeps the graph whole.
+A layer is a module that stands in a list of modules (``model.layers[3]``); what Dynamo traced in it is one run of nodes.
+Calling a region takes some microseconds more than going on inside one, so a region may have several layers: as many as cost
+least.
 """
 
 from __future__ import annotations
@@ -11,145 +11,120 @@ import logging
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TypeVar
+from itertools import chain, groupby
 
-import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from alignedkv_compile.contract import RewrittenGraph
-from alignedkv_compile.ops import is_ours
-from alignedkv_compile.outlined import Outline, Region, RegionCall, Rows
-from alignedkv_compile.torch_private import OpOverload, placeholder_symbol, tree_leaves
+from alignedkv_compile.outlined import Outline, RegionCall, Rows
 
-from .nodes import arguments, depends_on_data, example, mutated_by, operation, storage_of, tensor_of
+from .nodes import operation
+from .region import Inputs, Names, Operand, Piece, WholeGraphError, piece_of, region_of, signature
 
 _log = logging.getLogger(__name__)
 
-_V = TypeVar("_V")
+REGION_COST = 30
+"""Compiling a region takes as long as so many nodes of it, whatever it has."""
 
-MOST_COMPILED = 0.5
-"""A graph is cut where at most this part of its nodes is then left to compile."""
+CALL_COST = 20
+"""A call of a region for each of some thousand tokens takes as long as compiling so many nodes."""
 
-_RECORDS = ("counters", "bounds")
-"""Arguments of our reads of which row ``site`` is written."""
+MOST_LAYERS = 8
+"""A region has at most so many layers."""
 
 _LAYER = re.compile(r"[.\[]\d+\]?$")
 _CHANGES_A_MODE = ("set_grad", "nesting", "hooks", "deterministic", "set_default")
-"""In the names of functions that change a mode. Those that return what changes it back need no entry: that stays in one region."""
-
-
-
-class _WholeError(Exception):
-    """The graph is not cut; ``str()`` of it says why."""
+"""In names of functions that change a mode. Those that return what changes it back are not here: that stays in one region."""
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """An input of a region: a node's value, or with ``rows`` (first, count) these of its first dimension."""
+class _Run:
+    """Nodes in a row that stand in the same layer; ``layer`` is its path, "" between layers."""
 
-    node: Node
-    rows: tuple[int, int] | None = None
+    layer: str
+    nodes: tuple[Node, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Inputs:
-    """The sizes among a graph's inputs.
+@dataclass(frozen=True)
+class _Cut:
+    """Pieces of a graph in order, and for each of them the number of its region and the names of its symbols."""
 
-    Attributes:
-        defining: for a symbol the input that Inductor takes it from.
-        equal: for an input that is known to equal a symbol, the input that defines this one.
-    """
-
-    defining: Mapping[sympy.Symbol | None, Node]
-    equal: Mapping[Node, Node]
+    pieces: tuple[Piece, ...]
+    regions: tuple[int, ...]
+    names: tuple[Names, ...]
 
     @classmethod
-    def of(cls, graph: Graph) -> _Inputs:
-        sizes = [(node, value) for node in graph.find_nodes(op="placeholder") if isinstance(value := example(node), torch.SymInt)]
-        defining = {placeholder_symbol(value): node for node, value in sizes}
-        return cls(defining, {node: defining[value.node.expr] for node, value in sizes if value.node.expr in defining})
+    def of(cls, parts: Sequence[tuple[Node, ...]], graph: Graph) -> _Cut:
+        inputs = Inputs.of(graph)
+        pieces = tuple(piece_of(nodes, inputs) for nodes in parts)
+        names = tuple(Names() for _ in pieces)
+        numbers: dict[Hashable, int] = {}
+        regions = tuple(
+            numbers.setdefault(signature(piece, own), len(numbers)) for piece, own in zip(pieces, names, strict=True)
+        )
+        return cls(pieces, regions, names)
+
+    def members(self) -> Iterator[list[int]]:
+        """For each region the places of its pieces."""
+        for number in range(max(self.regions) + 1):
+            yield [place for place, region in enumerate(self.regions) if region == number]
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """A run of nodes between two borders.
-
-    Attributes:
-        operands: sizes first, then tensors as they come up.
-        results: nodes that are read outside.
-        first_site: of the reads in it; their rows of the statistics are counted from there.
-    """
-
-    nodes: tuple[Node, ...]
-    operands: tuple[_Operand, ...]
-    results: tuple[Node, ...]
-    first_site: int
-    inputs: _Inputs
-
-    def by_node(self, values: Sequence[_V]) -> dict[Node, _V]:
-        """For each node that is read here, but stands outside, the one of ``values`` (of operands) that belongs to it."""
-        of_operand = {operand.node: value for operand, value in zip(self.operands, values, strict=True)}
-        return {**{node: of_operand[one] for node, one in self.inputs.equal.items() if one in of_operand}, **of_operand}
-
-
-def outline_layers(rewritten: RewrittenGraph, most_compiled: float = MOST_COMPILED) -> Outline | None:
+def outline_layers(rewritten: RewrittenGraph, *, always: bool = False) -> Outline | None:
     """The graph as calls of regions, or None where it stays whole: too little repeats, or a cut might change what it computes.
+
+    A region has as many layers as cost least, by what compiling and calling them takes.
 
     Two layers may have different symbols for the same length, as Dynamo makes one for each tensor: a region lists those of the
     layers that it serves beside its own.
 
     Args:
         rewritten: for inference; its module is not changed.
-        most_compiled: the part of the graph's nodes that the regions may have together.
+        always: cut where it can be done, also where compiling the whole graph takes less.
     """
     example_inputs = rewritten.example_inputs
     try:
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs):
-            raise _WholeError("gradients are wanted")
+            raise WholeGraphError("gradients are wanted")
         if any(isinstance(value, torch.Tensor) and value.device.type != "cpu" for value in example_inputs):
-            raise _WholeError("not on a CPU")
-        return _outline(rewritten.module, most_compiled)
-    except _WholeError as reason:
+            raise WholeGraphError("not on a CPU")
+        return _outline(rewritten.module, always=always)
+    except WholeGraphError as reason:
         _log.debug("one graph for all layers: %s", reason)
         return None
 
 
-def _outline(module: GraphModule, most_compiled: float) -> Outline:
+def _outline(module: GraphModule, *, always: bool) -> Outline:
     graph = module.graph
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    inputs = _Inputs.of(graph)
-    pieces = [_piece(nodes, inputs) for nodes in _runs(graph)]
-    alike: dict[Hashable, list[_Piece]] = {}
-    symbols = {}
-    for piece in pieces:
-        symbols[piece] = names = _Names()
-        alike.setdefault(_signature(piece, names), []).append(piece)
-    numbers = {piece: number for number, group in enumerate(alike.values()) for piece in group}
-    if sum(len(group[0].nodes) for group in alike.values()) > most_compiled * sum(len(piece.nodes) for piece in pieces):
-        raise _WholeError("too little repeats")
+    runs = tuple(_runs(graph))
+    layers = _Cut.of([run.nodes for run in runs], graph)
+    groups = min((_groups(runs, most) for most in range(1, MOST_LAYERS + 1)), key=lambda groups: _cost(groups, layers))
+    if not always and _cost(groups, layers) >= len(graph.nodes) + REGION_COST + CALL_COST:
+        raise WholeGraphError("too little repeats")
+    cut = _Cut.of([tuple(chain.from_iterable(runs[place].nodes for place in group)) for group in groups], graph)
+
     outputs = graph.output_node().args[0]
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(value, Node) for value in outputs):
-        raise _WholeError("an output is no node")
-
-    slots: dict[_Operand, int] = {_Operand(node): slot for slot, node in enumerate(placeholders)}
-    operands = dict.fromkeys(operand for piece in pieces for operand in piece.operands)
+        raise WholeGraphError("an output is no node")
+    placeholders = graph.find_nodes(op="placeholder")
+    slots = {Operand(node): slot for slot, node in enumerate(placeholders)}
     rows = []
-    for operand in operands:
+    for operand in dict.fromkeys(operand for piece in cut.pieces for operand in piece.operands):
         if operand.rows is not None:
-            rows.append(Rows(slots[_Operand(operand.node)], *operand.rows))
+            rows.append(Rows(slots[Operand(operand.node)], *operand.rows))
             slots[operand] = len(slots)
-    for piece in pieces:
+    kept = len(slots)
+    for piece in cut.pieces:
         for node in piece.results:
-            slots[_Operand(node)] = len(slots)
-    returned = tuple(slots[_Operand(value)] for value in outputs)
+            slots[Operand(node)] = len(slots)
+    returned = tuple(slots[Operand(value)] for value in outputs)
     return Outline(
         regions=tuple(
-            _region(first, [symbols[first].to(symbols[other]) for other in others]) for first, *others in alike.values()
+            region_of(cut.pieces[first], [cut.names[first].to(cut.names[other]) for other in others])
+            for first, *others in cut.members()
         ),
-        calls=tuple(_calls(pieces, numbers, slots, kept={*range(len(placeholders) + len(rows)), *returned})),
+        calls=tuple(_calls(cut, slots, kept={*range(kept), *returned})),
         inputs=len(placeholders),
         rows=tuple(rows),
         slots=len(slots),
@@ -157,28 +132,41 @@ def _outline(module: GraphModule, most_compiled: float) -> Outline:
     )
 
 
-def _calls(
-    pieces: Sequence[_Piece], numbers: Mapping[_Piece, int], slots: Mapping[_Operand, int], kept: set[int]
-) -> Iterator[RegionCall]:
-    read = [tuple(slots[operand] for operand in piece.operands) for piece in pieces]
-    written = [tuple(slots[_Operand(node)] for node in piece.results) for piece in pieces]
+def _groups(runs: Sequence[_Run], most: int) -> list[tuple[int, ...]]:
+    """Places of runs, ``most`` layers that follow each other together."""
+    groups: list[tuple[int, ...]] = []
+    for _, places in groupby(range(len(runs)), key=lambda place: bool(runs[place].layer)):
+        row = list(places)
+        groups += [tuple(row[start : start + most]) for start in range(0, len(row), most)]
+    return groups
+
+
+def _cost(groups: Sequence[tuple[int, ...]], layers: _Cut) -> int:
+    """What compiling and calling takes, in nodes; groups of like layers are taken to be alike."""
+    distinct = {tuple(layers.regions[place] for place in group): group for group in groups}
+    nodes = sum(len(layers.pieces[place].nodes) for group in distinct.values() for place in group)
+    return nodes + REGION_COST * len(distinct) + CALL_COST * len(groups)
+
+
+def _calls(cut: _Cut, slots: Mapping[Operand, int], kept: set[int]) -> Iterator[RegionCall]:
+    read = [tuple(slots[operand] for operand in piece.operands) for piece in cut.pieces]
+    written = [tuple(slots[Operand(node)] for node in piece.results) for piece in cut.pieces]
     last = {slot: index for index, used in enumerate(read) for slot in used if slot not in kept}
-    for index, (piece, inputs, outputs) in enumerate(zip(pieces, read, written, strict=True)):
+    for index, (region, inputs, outputs) in enumerate(zip(cut.regions, read, written, strict=True)):
         freed = tuple(slot for slot in dict.fromkeys(inputs) if last.get(slot) == index)
-        yield RegionCall(numbers[piece], inputs, outputs, freed)
+        yield RegionCall(region, inputs, outputs, freed)
 
 
-def _runs(graph: Graph) -> Iterator[tuple[Node, ...]]:
-    """The nodes of each layer, and those between layers, in order."""
+def _runs(graph: Graph) -> Iterator[_Run]:
     layers: list[tuple[str, Node]] = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if node.op not in ("call_function", "call_method") or _changes_a_mode(node):
-            raise _WholeError(f"{node.name} may depend on more than its arguments, or change what others depend on")
+            raise WholeGraphError(f"{node.name} may depend on more than its arguments, or change what others depend on")
         layers.append((_layer(node, layers[-1][0] if layers else ""), node))
-    for _, run in groupby(layers, key=lambda pair: pair[0]):
-        yield tuple(node for _, node in run)
+    for layer, run in groupby(layers, key=lambda pair: pair[0]):
+        yield _Run(layer, tuple(node for _, node in run))
 
 
 def _changes_a_mode(node: Node) -> bool:
@@ -195,183 +183,3 @@ def _layer(node: Node, before: str) -> str:
         return before
     paths = (str(path) for path, _ in stack.values())
     return next((path for path in paths if _LAYER.search(path)), "")
-
-
-def _piece(nodes: tuple[Node, ...], inputs: _Inputs) -> _Piece:
-    inside = set(nodes)
-    sites = [site for node in nodes if (site := _site(node)) is not None]
-    rows = (min(sites), max(sites) + 1 - min(sites)) if sites else None
-    operands: dict[_Operand, None] = {}
-    for node in nodes:
-        recorded = _recorded_in(node)
-        for operand in node.all_input_nodes:
-            if operand not in inside:
-                operands[_Operand(inputs.equal.get(operand, operand), rows if operand in recorded else None)] = None
-    results = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    for value in (*(operand.node for operand in operands), *results):
-        _check_border(value)
-    _check_aliases(nodes, tuple(operand.node for operand in operands))
-    others = [operand for operand in operands if tensor_of(operand.node) is not None]
-    sizes = _sizes([operand.node for operand in operands], inputs)
-    sizes += [operand for operand in operands if operand not in others and operand not in sizes]
-    return _Piece(nodes, (*sizes, *others), results, min(sites, default=0), inputs)
-
-
-def _sizes(operands: Sequence[Node], inputs: _Inputs) -> list[_Operand]:
-    """The graph's inputs that define the symbols in the operands' sizes, as far as no operand has such a size itself."""
-    values = [example(node) for node in operands]
-    defined = {size for value in values if isinstance(value, torch.Tensor) for size in _bare_symbols(value)}
-    sizes = []
-    for symbol in sorted(_symbols(values), key=str):
-        if symbol in inputs.defining:
-            sizes.append(_Operand(inputs.defining[symbol]))
-        elif symbol not in defined:
-            raise _WholeError(f"no input is {symbol}")
-    return sizes
-
-
-def _bare_symbols(value: torch.Tensor) -> Iterator[sympy.Symbol]:
-    for size in value.shape:
-        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-            yield size.node.expr
-
-
-def _check_border(node: Node) -> None:
-    value = example(node)
-    if isinstance(value, torch.Tensor):
-        sizes: Sequence[object] = (*value.shape, *value.stride()) if value.layout == torch.strided else (None,)
-    else:
-        sizes = (value,)
-    if not all(isinstance(size, (int, torch.SymInt)) and not depends_on_data(size) for size in sizes):
-        raise _WholeError(f"{node.name} cannot be handed from one region to another")
-
-
-def _check_aliases(nodes: Sequence[Node], operands: Sequence[Node]) -> None:
-    """Where a region writes what two of its arguments share, compiled code depends on how they overlap."""
-    written = {storage_of(tensor) for node in nodes for one in mutated_by(node) if (tensor := tensor_of(one)) is not None}
-    storages = [storage_of(tensor) for node in operands if (tensor := tensor_of(node)) is not None]
-    if None in written or None in storages or any(storages.count(storage) > 1 for storage in written):
-        raise _WholeError("two arguments of a region share memory that it writes")
-
-
-def _recorded_in(node: Node) -> tuple[Node, ...]:
-    """The statistics of one of our reads."""
-    bound = _our_arguments(node)
-    return tuple(value for name in _RECORDS if isinstance(value := bound.get(name), Node))
-
-
-def _site(node: Node) -> int | None:
-    site = _our_arguments(node).get("site")
-    return site if isinstance(site, int) else None
-
-
-def _our_arguments(node: Node) -> dict[str, object]:
-    if not is_ours(node.target) or not isinstance(node.target, OpOverload):
-        return {}
-    return arguments(node, [argument.name for argument in node.target._schema.arguments])
-
-
-def _symbols(values: Sequence[object]) -> frozenset[sympy.Symbol]:
-    """Every symbol in these fakes' sizes."""
-    found: set[sympy.Symbol] = set()
-    for value in values:
-        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-        for size in sizes:
-            if isinstance(size, torch.SymInt):
-                found |= size.node.expr.free_symbols
-    return frozenset(found)
-
-
-class _Names:
-    """Names for the symbols of a piece, in the order in which they come up: the same for pieces that differ in symbols only."""
-
-    def __init__(self) -> None:
-        self._names: dict[sympy.Symbol, sympy.Symbol] = {}
-
-    def size(self, value: object) -> Hashable:
-        """A size in these names, with all that the compiler knows of it."""
-        if not isinstance(value, torch.SymInt):
-            return value
-        expression, ranges = value.node.expr, value.node.shape_env.var_to_range
-        for symbol in sorted(expression.free_symbols - self._names.keys(), key=str):
-            self._names[symbol] = sympy.Symbol(f"size_{len(self._names)}")
-        known = tuple((str(self._names[one]), str(ranges.get(one))) for one in sorted(expression.free_symbols, key=str))
-        return str(expression.xreplace(self._names)), str(value.node.hint), known
-
-    def to(self, other: _Names) -> dict[sympy.Symbol, sympy.Symbol]:
-        """For each symbol of the piece the one that has its name in another."""
-        return dict(zip(self._names, other._names, strict=True))
-
-
-def _signature(piece: _Piece, names: _Names) -> Hashable:
-    """What a region is compiled from: equal for two pieces that the same code serves."""
-    size = names.size
-    storages: dict[int | None, int] = {}
-
-    def described(operand: _Operand) -> Hashable:
-        value = tensor_of(operand.node)
-        if value is None:
-            return size(example(operand.node))
-        sizes = tuple(size(part) for part in (*value.shape, *value.stride()))
-        shared = storages.setdefault(storage_of(value), len(storages))
-        offset = 0 if operand.rows else size(value.storage_offset())
-        rows = operand.rows and operand.rows[1]
-        return (type(value), value.dtype, value.device, sizes, offset, value.requires_grad, shared, rows)
-
-    places: dict[Node, Hashable] = {**piece.by_node([("operand", place) for place in range(len(piece.operands))])}
-    places |= {node: ("node", place) for place, node in enumerate(piece.nodes)}
-    return (
-        tuple(described(operand) for operand in piece.operands),
-        tuple((node.op, node.target, _plain(_arguments(node, piece), places)) for node in piece.nodes),
-        tuple(places[node] for node in piece.results),
-    )
-
-
-def _arguments(node: Node, piece: _Piece) -> tuple[tuple[object, ...], dict[str, object]]:
-    """What a node is called with in a region: ``site`` counted from the region's first."""
-    site, kwargs = _site(node), dict(node.kwargs)
-    if site is None:
-        return node.args, kwargs
-    if "site" in kwargs:
-        return node.args, {**kwargs, "site": site - piece.first_site}
-    return (*node.args[:-1], site - piece.first_site), kwargs  # the last argument of each such overload
-
-
-def _plain(value: object, places: Mapping[Node, Hashable]) -> Hashable:
-    """An argument with nodes by their places; numbers keep their types, since 1, 1.0 and True are equal."""
-    if isinstance(value, Node):
-        return places[value]
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *(_plain(item, places) for item in value))
-    if isinstance(value, dict):
-        return tuple((key, _plain(item, places)) for key, item in sorted(value.items()))
-    if isinstance(value, slice):
-        return ("slice", *(_plain(item, places) for item in (value.start, value.stop, value.step)))
-    if any(isinstance(leaf, (torch.SymInt, torch.Tensor)) for leaf in tree_leaves(value)) or not isinstance(value, Hashable):
-        raise _WholeError(f"an argument that is no plain value: {value!r}")
-    return (type(value).__name__, repr(value) if isinstance(value, float) else value)
-
-
-def _region(piece: _Piece, others: Sequence[Mapping[sympy.Symbol, sympy.Symbol]]) -> Region:
-    """The piece as a module of its own; ``others`` have its code run with other symbols."""
-    graph = Graph()
-    arguments = []
-    fakes = []
-    for place, operand in enumerate(piece.operands):
-        value = example(operand.node)
-        if operand.rows is not None and isinstance(value, torch.Tensor):
-            with value.fake_mode:  # type: ignore[attr-defined]
-                value = torch.empty((operand.rows[1], *value.shape[1:]), dtype=value.dtype, device=value.device)
-        copied = graph.placeholder(f"argument_{place}")
-        copied.meta = {"example_value": value}
-        copied._dynamo_source = getattr(operand.node, "_dynamo_source", None)
-        arguments.append(copied)
-        fakes.append(value)
-    copies = piece.by_node(arguments)
-    for node in piece.nodes:
-        copied = graph.node_copy(node, lambda old: copies[old])
-        args, kwargs = _arguments(node, piece)
-        copied.args, copied.kwargs = map_arg(args, lambda old: copies[old]), map_arg(kwargs, lambda old: copies[old])
-        copies[node] = copied
-    graph.output(tuple(copies[node] for node in piece.results))
-    return Region(GraphModule({}, graph), tuple(fakes), tuple(others))

@@ -52,7 +52,7 @@ def pass_only(gm: GraphModule, example_inputs: Sequence[object], options: Mappin
     choices = parse(None, options)
     rewritten = rewrite_graph(gm, example_inputs, options=choices)
     report = GraphReport("", sites=rewritten.sites)
-    outline = outline_layers(rewritten, most_compiled=1.0)
+    outline = outline_layers(rewritten, always=True)
     run = rewritten.module if outline is None else OutlinedGraph(outline, lambda module, *_: module)
     return Runtime(run, rewritten, choices, report, _STORES), report
 
