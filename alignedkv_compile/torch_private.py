@@ -349,6 +349,17 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def defining_size(size: torch.SymInt) -> torch.SymInt:
+    """The size as an input that defines the symbol which it is known to equal, where that is another than it was made with.
+
+    Dynamo need not pass a symbol that a tensor's dimension defines, only what equals it; the tensor may be gone from a graph.
+    """
+    symbol = size.node.expr
+    if size.node._expr == symbol or not isinstance(symbol, sympy.Symbol):
+        return size
+    return size.node.shape_env.create_symintnode(symbol, hint=size.node.hint)  # type: ignore[no-any-return]
+
+
 def placeholder_symbol(size: torch.SymInt) -> sympy.Symbol | None:
     """The symbol that Inductor defines where a size is a graph's input: the one that it was made with, though it may equal
     another by now."""

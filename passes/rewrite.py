@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from alignedkv_compile.contract import RewrittenGraph, SiteReport, StatisticsBinding
 from alignedkv_compile.ops import COUNTER_FIELDS
-from alignedkv_compile.torch_private import detect_fake_mode
+from alignedkv_compile.torch_private import defining_size, detect_fake_mode
 
 from .caches.kind import Positions, RewrittenPair
 from .editor import GraphEditor
@@ -49,7 +49,7 @@ class Rewriting:
         return RewrittenGraph(
             module=module,
             example_inputs=(
-                *(example_inputs[position] for position in kept),
+                *(_defining(node, example_inputs[position]) for node, position in zip(now, kept, strict=False)),
                 *_example_inputs(now[len(kept) :], example_inputs),
             ),
             kept_inputs=kept,
@@ -103,6 +103,13 @@ def _statistics_inputs(
         counters=editor.placeholder("alignedkv_counters", counted, torch.int64, device) if options.stats else None,
         bounds=editor.placeholder("alignedkv_bounds", certified, torch.float32, device) if options.certified else None,
     )
+
+
+def _defining(node: Node, example: object) -> object:
+    """The example value of an input that stays; of a size, one that stands for the symbol that the graph's sizes are written in."""
+    if isinstance(example, torch.SymInt):
+        example = node.meta["example_value"] = defining_size(example)
+    return example
 
 
 def _example_inputs(added: Sequence[Node], example_inputs: Sequence[object]) -> list[torch.Tensor]:

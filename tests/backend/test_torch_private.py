@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from alignedkv_compile import torch_private
 from alignedkv_compile.torch_private import CustomGraphPass, PassSequence, PostGradPass, appended_pass, custom_graph_pass
@@ -80,3 +82,17 @@ def test_a_pass_is_appended_to_what_a_slot_holds(several: bool, monkeypatch: pyt
     sequence = appended_pass(there, ours)
     assert isinstance(sequence, torch_private.PassSequence)
     assert sequence.uuid() == (there.uuid(), ours.uuid())
+
+
+def test_a_size_defines_the_symbol_that_it_is_known_to_equal() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    one, other = (torch_private.fresh_size(mode, 24, name) for name in ("one", "other"))
+    symbols = {one.node.expr, other.node.expr}
+    assert torch_private.defining_size(one) is one
+    assert one == other  # a guard: from here on, one of both symbols stands for the other
+    (symbol,) = {one.node.expr, other.node.expr}
+    assert symbol in symbols
+    for size in (one, other):
+        defining = torch_private.defining_size(size)
+        assert torch_private.placeholder_symbol(defining) == defining.node.expr == symbol
+        assert defining.node.hint == 24
