@@ -31,7 +31,7 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 TYPED := build/typed/alignedkv_compile
 PARTS := bench_models cache capacity compare cost demo evaluate metrics plots state top
 
-.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-storage bench-peers bench-gpu sweep-gpu gpu-codegen zoo clean
+.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-first bench-storage bench-peers bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -109,6 +109,9 @@ bench-quick: $(STAMP)  ## one context, two shapes
 
 bench-rows: $(STAMP)  ## one layer by the number of query rows, against stock (about 3 minutes)
 	$(BIN)/python benchmarks/query_rows.py --json results/query-rows.json $(BENCH_ARGS)
+
+bench-first: $(STAMP)  ## the first compiled token of 30 layers, and what shared layers cost later ones (about 6 minutes)
+	$(BIN)/python benchmarks/first_token.py --json results/first-token.json $(BENCH_ARGS)
 
 bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)
 	$(BIN)/python benchmarks/storages.py --json results/storages.json $(BENCH_ARGS)

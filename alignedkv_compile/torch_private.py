@@ -157,13 +157,14 @@ def compile_region(
     from torch._guards import TracingContext, tracing  # what AOTAutograd leaves in Dynamo's context is about whole graphs
 
     mode = detect_fake_mode(list(example_inputs))
-    shape_env = mode.shape_env
-    known = len(shape_env.guards) if shape_env is not None else 0
+    shape_env = None if mode is None else mode.shape_env
+    known = 0 if shape_env is None else len(shape_env.guards)
     with tracing(TracingContext(mode)):
         compiled = compile_graph(module, example_inputs, patches, post_grad)
-    for guard in list(shape_env.guards[known:]) if shape_env is not None else ():
-        for names in others:
-            assert shape_env.evaluate_expr(guard.expr.xreplace(names)), f"{guard.expr} holds for one layer of several"
+    if shape_env is not None:
+        for guard in shape_env.guards[known:]:
+            for names in others:
+                assert shape_env.evaluate_expr(guard.expr.xreplace(names)), f"{guard.expr} holds for one layer of several"
     # Dynamo is off while it runs what a backend returned: what turns it off at each call would only take time.
     return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
@@ -357,7 +358,7 @@ def defining_size(size: torch.SymInt) -> torch.SymInt:
     symbol = size.node.expr
     if size.node._expr == symbol or not isinstance(symbol, sympy.Symbol):
         return size
-    return size.node.shape_env.create_symintnode(symbol, hint=size.node.hint)  # type: ignore[no-any-return]
+    return size.node.shape_env.create_symintnode(symbol, hint=size.node.hint)
 
 
 def placeholder_symbol(size: torch.SymInt) -> sympy.Symbol | None:

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 REGION_COST = 30
 """Compiling a region takes as long as so many nodes of it, whatever it has."""
 
-CALL_COST = 20
+CALL_COST = 40
 """A call of a region for each of some thousand tokens takes as long as compiling so many nodes."""
 
 MOST_LAYERS = 8
@@ -105,7 +105,8 @@ def _outline(module: GraphModule, *, always: bool) -> Outline:
     cut = _Cut.of([tuple(chain.from_iterable(runs[place].nodes for place in group)) for group in groups], graph)
 
     outputs = graph.output_node().args[0]
-    if not isinstance(outputs, (tuple, list)) or not all(isinstance(value, Node) for value in outputs):
+    returned = [value for value in outputs if isinstance(value, Node)] if isinstance(outputs, tuple | list) else []
+    if not isinstance(outputs, tuple | list) or len(returned) < len(outputs):
         raise WholeGraphError("an output is no node")
     placeholders = graph.find_nodes(op="placeholder")
     slots = {Operand(node): slot for slot, node in enumerate(placeholders)}
@@ -118,17 +119,17 @@ def _outline(module: GraphModule, *, always: bool) -> Outline:
     for piece in cut.pieces:
         for node in piece.results:
             slots[Operand(node)] = len(slots)
-    returned = tuple(slots[Operand(value)] for value in outputs)
+    results = tuple(slots[Operand(node)] for node in returned)
     return Outline(
         regions=tuple(
             region_of(cut.pieces[first], [cut.names[first].to(cut.names[other]) for other in others])
             for first, *others in cut.members()
         ),
-        calls=tuple(_calls(cut, slots, kept={*range(kept), *returned})),
+        calls=tuple(_calls(cut, slots, kept={*range(kept), *results})),
         inputs=len(placeholders),
         rows=tuple(rows),
         slots=len(slots),
-        outputs=returned,
+        outputs=results,
     )
 
 

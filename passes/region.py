@@ -14,13 +14,13 @@ from typing import TypeVar
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from alignedkv_compile.ops import is_ours
 from alignedkv_compile.outlined import Region
 from alignedkv_compile.torch_private import OpOverload, placeholder_symbol, tree_leaves
 
-from .nodes import arguments, depends_on_data, example, mutated_by, storage_of, tensor_of
+from .nodes import arguments, depends_on_data, example, is_symbolic, mutated_by, storage_of, tensor_of
 
 _V = TypeVar("_V")
 
@@ -118,8 +118,8 @@ def _sizes(operands: Sequence[Node], inputs: Inputs) -> list[Operand]:
 
 def _bare_symbols(value: torch.Tensor) -> Iterator[sympy.Symbol]:
     for size in value.shape:
-        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-            yield size.node.expr
+        if is_symbolic(size) and isinstance(symbol := size.node.expr, sympy.Symbol):  # type: ignore[attr-defined]
+            yield symbol
 
 
 def _check_border(node: Node) -> None:
@@ -128,7 +128,7 @@ def _check_border(node: Node) -> None:
         sizes: Sequence[object] = (*value.shape, *value.stride()) if value.layout == torch.strided else (None,)
     else:
         sizes = (value,)
-    if not all(isinstance(size, (int, torch.SymInt)) and not depends_on_data(size) for size in sizes):
+    if not all(isinstance(size, int | torch.SymInt) and not depends_on_data(size) for size in sizes):
         raise WholeGraphError(f"{node.name} cannot be handed from one region to another")
 
 
@@ -213,7 +213,7 @@ def signature(piece: Piece, names: Names) -> Hashable:
     )
 
 
-def _arguments(node: Node, piece: Piece) -> tuple[tuple[object, ...], dict[str, object]]:
+def _arguments(node: Node, piece: Piece) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
     """What a node is called with in a region: ``site`` counted from the region's first."""
     site, kwargs = _site(node), dict(node.kwargs)
     if site is None:

@@ -106,7 +106,7 @@ def _statistics_inputs(
 
 
 def _defining(node: Node, example: object) -> object:
-    """The example value of an input that stays; of a size, one that stands for the symbol that the graph's sizes are written in."""
+    """The example value of an input that stays; of a size, one that defines the symbol in which the graph writes its sizes."""
     if isinstance(example, torch.SymInt):
         example = node.meta["example_value"] = defining_size(example)
     return example

@@ -138,7 +138,8 @@ def test_a_cache_that_is_used_again_needs_no_new_recording(tiny_llama: Any, grap
     assert (len(decode.recordings), decode.replays) == (1, 2 * STEPS - 2)
 
 
-@pytest.mark.parametrize("guarantee", ["expected", pytest.param("worst_case", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("guarantee", ["expected", "worst_case"])
 def test_replays_count_as_calls_do(tiny_llama: Any, graphs: EmulatedCudaGraphs, guarantee: str) -> None:
     counted = []
     for captured in (False, True):

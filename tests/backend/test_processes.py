@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import alignedkv_compile
 from alignedkv_compile import lowering, passes
 
@@ -54,6 +56,7 @@ def run(
     return counts, result.stderr
 
 
+@pytest.mark.slow
 def test_the_name_is_enough_and_caches_hit_until_an_option_or_a_template_changes(tmp_path: Path) -> None:
     """One test, since each step is a process and they build on one another."""
     package = copy_of_the_package(tmp_path / "copy")

@@ -19,15 +19,16 @@ INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that go over shapes and instruction sets, `make test` takes each shape with one set, one after the other."""
+    """Of tests that go over shapes, or named variants, and instruction sets, `make test` takes each with one set, in turn."""
     shapes: dict[object, list[object]] = {}
     for item in items:
         chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if {"isa", "shape"} <= chosen.keys():
+        if "isa" in chosen and (of := {"shape", "name"} & chosen.keys()):
+            shape = chosen[min(of)]
             seen = shapes.setdefault(item.function, [])  # type: ignore[attr-defined]
-            if chosen["shape"] not in seen:
-                seen.append(chosen["shape"])
-            if chosen["isa"] != INSTRUCTION_SETS[seen.index(chosen["shape"]) % len(INSTRUCTION_SETS)]:
+            if shape not in seen:
+                seen.append(shape)
+            if chosen["isa"] != INSTRUCTION_SETS[seen.index(shape) % len(INSTRUCTION_SETS)]:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -43,8 +43,8 @@ SHAPES = [
     {"group": 4, "key_dim": 80, "value_dim": 48, "query_rows": 4, "batch": 2, "peak": 6.0},
     {"batch": 8, "heads": 1, "group": 2, "key_dim": 32, "peak": 4.0},
     {"group": 5, "key_dim": 21, "value_dim": 9, "dtype": torch.float32, "unit_roundoff": 2.0**-8, "peak": 4.0},
-    {"group": 5, "key_dim": 21, "value_dim": 9, "rows": 1500, "dtype": torch.float32, "unit_roundoff": 2.0**-11, "peak": 4.0},
     {"group": 2, "key_dim": 96, "query_rows": 16, "query_dtype": torch.bfloat16, "rows": 640, "peak": 8.0, "tolerance": 4.0},
+    {"group": 5, "key_dim": 21, "value_dim": 9, "rows": 1500, "dtype": torch.float32, "unit_roundoff": 2.0**-11, "peak": 4.0},
 ]
 
 
@@ -215,7 +215,7 @@ def test_strided_operands() -> None:
     assert relative_errors(kernel.output, expected.output.double()).max() <= agreement_budget(case)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 900),
     peak=st.sampled_from([0.0, 0.5, 2.0, 6.0]),

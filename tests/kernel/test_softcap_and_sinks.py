@@ -104,7 +104,7 @@ def test_certified_kernels_agree_with_the_reference(isa: str, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["random", "finfo.min", "position bias per head", "some rows prohibited", "nothing allowed (bool)"]
+    "name", ["random", *slowly("finfo.min", "position bias per head", "some rows prohibited"), "nothing allowed (bool)"]
 )
 @pytest.mark.parametrize("tolerance", [*slowly(0.0), 2.0])
 def test_masks(name: str, tolerance: float) -> None:

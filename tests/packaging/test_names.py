@@ -40,7 +40,7 @@ def test_bare_name_cannot_be_imported(name: str, tmp_path: Path):
     assert "ModuleNotFoundError" in result.stderr
 
 
-@pytest.mark.parametrize("where", ["elsewhere", "repository"])
+@pytest.mark.parametrize("where", ["elsewhere", pytest.param("repository", marks=pytest.mark.slow)])
 def test_importing_everything_registers_nothing_under_a_bare_name(where: str, tmp_path: Path):
     """In the repository's root a bare ``import passes`` would find the folder: nothing may do it."""
     folder = tmp_path if where == "elsewhere" else Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Cutting graphs at their layers' borders: which parts are one region, what keeps a graph whole, and that nothing else changes."""
+"""Cutting graphs at their layers' borders: which parts are one region, and what keeps a graph whole."""
 
 # ruff: noqa: ANN001 - the modules that Dynamo traces read better bare
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,10 +63,10 @@ def caches(layers: int, rows: int = ROWS) -> list[tuple[torch.Tensor, torch.Tens
     return [(torch.randn(1, HEADS, rows, DIM), torch.randn(1, HEADS, rows, DIM)) for _ in range(layers)]
 
 
-def rewritten(model: Model, make_harness, options: Options = Options(min_context=0), made=None) -> RewrittenGraph:
+def rewritten(model: Model, make_harness, options: Options | None = None) -> RewrittenGraph:
     """What the passes make of one decode step; run once, so that the harness has checked its bindings."""
-    harness = make_harness(options)
-    arguments = torch.randn(1, 1, HEADS * DIM), made or caches(len(model.layers)), torch.tensor([5])
+    harness = make_harness(options or Options(min_context=0))
+    arguments = torch.randn(1, 1, HEADS * DIM), caches(len(model.layers)), torch.tensor([5])
     torch.compile(model, backend=harness, fullgraph=True)(*arguments)
     return harness.last
 
@@ -83,18 +84,33 @@ def real(examples: Sequence[object]) -> list[torch.Tensor]:
     ]
 
 
-def test_like_layers_are_one_region(make_harness) -> None:
-    graph = rewritten(Model([Layer() for _ in range(12)]), make_harness)
+@pytest.fixture
+def free_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of regions cost nothing, so that each layer is one."""
+    module = sys.modules[outline_layers.__module__]
+    monkeypatch.setattr(module, "CALL_COST", 0)
+    monkeypatch.setattr(module, "REGION_COST", 0)
+
+
+def test_regions_have_as_many_layers_as_cost_least(make_harness) -> None:
+    graph = rewritten(Model([Layer() for _ in range(24)]), make_harness)
     outline = outline_layers(graph)
     assert outline is not None
-    before, layers, after = outline.regions
-    assert len(outline.calls) < 2 + 12, "a region of one layer each costs more calls than one of some"
-    assert 12 % (len(outline.calls) - 2) == 0
-    assert [call.region for call in outline.calls] == [0, *[1] * (len(outline.calls) - 2), 2]
-    compiled = sum(len(region.module.graph.nodes) for region in (before, layers, after))
-    assert compiled < len(graph.module.graph.nodes) / 2
+    calls = len(outline.calls) - 2
+    assert 1 < calls < 24
+    assert 24 % calls == 0, "a rest would be a region more"
+    assert [call.region for call in outline.calls] == [0, *[1] * calls, 2]
+    assert sum(len(region.module.graph.nodes) for region in outline.regions) < len(graph.module.graph.nodes) / 2
 
 
+@pytest.mark.usefixtures("free_calls")
+def test_like_layers_are_one_region(make_harness) -> None:
+    outline = outline_layers(rewritten(Model([Layer() for _ in range(6)]), make_harness))
+    assert outline is not None
+    assert [call.region for call in outline.calls] == [0, *[1] * 6, 2]
+
+
+@pytest.mark.usefixtures("free_calls")
 def test_the_calls_compute_what_the_graph_does(make_harness) -> None:
     graph = rewritten(Model([Layer() for _ in range(6)]), make_harness)
     outline = outline_layers(graph)
@@ -107,6 +123,7 @@ def test_the_calls_compute_what_the_graph_does(make_harness) -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_values_are_dropped_when_nothing_reads_them_any_more(make_harness) -> None:
     outline = outline_layers(rewritten(Model([Layer() for _ in range(6)]), make_harness))
     assert outline is not None
@@ -116,8 +133,9 @@ def test_values_are_dropped_when_nothing_reads_them_any_more(make_harness) -> No
     assert set(made) == {*freed, *outline.outputs}
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_a_layer_that_differs_is_a_region_of_its_own(make_harness) -> None:
-    layers = [Layer("relu" if number == 3 else "silu") for number in range(20)]
+    layers = [Layer("relu" if number == 3 else "silu") for number in range(7)]
     outline = outline_layers(rewritten(Model(layers), make_harness))
     assert outline is not None
     assert len(outline.regions) < len(outline.calls)
@@ -126,9 +144,10 @@ def test_a_layer_that_differs_is_a_region_of_its_own(make_harness) -> None:
         for region in outline.regions
     ]
     in_order = [activations[call.region] for call in outline.calls]
-    assert [target is F.silu for targets in in_order for target in targets] == [number != 3 for number in range(20)]
+    assert [target is F.silu for targets in in_order for target in targets] == [number != 3 for number in range(7)]
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_numbers_of_another_type_are_other_numbers(make_harness) -> None:
     class Scaled(Layer):
         def __init__(self, factor: float) -> None:
@@ -152,6 +171,7 @@ def test_few_layers_stay_whole(make_harness) -> None:
     assert len(cut.calls) > 1
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_each_layer_records_in_its_own_row(make_harness) -> None:
     graph = rewritten(Model([Layer() for _ in range(6)]), make_harness, Options(min_context=0, stats=True))
     outline = outline_layers(graph)
@@ -170,11 +190,12 @@ def test_each_layer_records_in_its_own_row(make_harness) -> None:
     assert recorded[:, 0].tolist() == [1] * 6
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_each_layer_has_symbols_of_its_own(make_harness) -> None:
-    model = Model([GrowingLayer() for _ in range(16)])
+    model = Model([GrowingLayer() for _ in range(4)])
     harness = make_harness(Options(min_context=0))
     compiled = torch.compile(model, backend=harness, fullgraph=True, dynamic=True)
-    growing = caches(16)
+    growing = caches(4)
     for cache in growing:
         for tensor in cache:
             torch._dynamo.mark_dynamic(tensor, 2)
@@ -188,6 +209,7 @@ def test_each_layer_has_symbols_of_its_own(make_harness) -> None:
         assert len(set(names.values())) == len(names)
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_gradients_keep_a_graph_whole(make_harness) -> None:
     graph = rewritten(Model([Layer() for _ in range(6)]), make_harness)
     with torch.enable_grad():
@@ -195,6 +217,7 @@ def test_gradients_keep_a_graph_whole(make_harness) -> None:
     assert outline_layers(graph) is not None
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_arguments_that_share_written_memory_keep_a_graph_whole(make_harness) -> None:
     class Reread(Layer):
         def forward(self, hidden, cache, positions):
@@ -209,6 +232,7 @@ def test_arguments_that_share_written_memory_keep_a_graph_whole(make_harness) ->
     assert outline_layers(rewritten(model, make_harness)) is None
 
 
+@pytest.mark.usefixtures("free_calls")
 @pytest.mark.parametrize(("arguments", "cut"), [((False,), True), ((True,), False)])
 def test_a_change_of_mode_keeps_a_graph_whole(make_harness, arguments: tuple[bool], cut: bool) -> None:
     graph = rewritten(Model([Layer() for _ in range(6)]), make_harness)
@@ -218,6 +242,7 @@ def test_a_change_of_mode_keeps_a_graph_whole(make_harness, arguments: tuple[boo
     assert (outline_layers(graph) is not None) == cut
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_an_output_that_is_no_tensor_keeps_a_graph_whole(make_harness) -> None:
     graph = rewritten(Model([Layer() for _ in range(6)]), make_harness)
     output = graph.module.graph.output_node()
@@ -225,6 +250,7 @@ def test_an_output_that_is_no_tensor_keeps_a_graph_whole(make_harness) -> None:
     assert outline_layers(graph) is None
 
 
+@pytest.mark.usefixtures("free_calls")
 def test_a_value_that_only_python_knows_keeps_a_graph_whole(make_harness) -> None:
     graph = rewritten(Model([Layer() for _ in range(6)]), make_harness)
     layer = next(node for node in graph.module.graph.nodes if node.target == F.silu)

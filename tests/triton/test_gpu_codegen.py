@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_codegen.py"
+pytestmark = pytest.mark.slow  # a minute and a half for a dtype; test_fake_gpu.py compiles for a GPU in `make test`
+
 READ = ("scan", "finish", "repair", "scan masked", "finish masked", "repair masked")
 KERNELS = ("quantize_on_write", *READ, "stream at tolerance 0", "combine at tolerance 0")
 MOST_REGISTERS = {
@@ -31,7 +33,7 @@ PROTOTYPE_LOOP = 393
 """Instructions of the prototype's loop over 128 rows of K, which beat cuDNN on an H200 (docs/gpu.md)."""
 
 
-@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Figures of each kernel for head dimension 128 on sm_90, for both dtypes. From a process
     of its own: the stand-in for CUDA undoes nothing."""

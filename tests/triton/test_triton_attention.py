@@ -204,6 +204,7 @@ def test_length_bounds_what_is_read() -> None:
         assert relative_errors(result.output, exact(short)).max() <= 6 * case.tolerance * KAPPA * case.roundoff
 
 
+@pytest.mark.slow
 def test_strided_operands_and_one_tensor_as_key_and_value() -> None:
     case = make_case(batch=2, rows=300, query_rows=3)
     wide = torch.zeros(2, 3, 320, 80, dtype=case.key.dtype)

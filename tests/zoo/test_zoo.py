@@ -115,7 +115,8 @@ def fails(
 
 
 @pytest.mark.parametrize(
-    ("defect", "verdict"), [(off_by_a_percent, "wrong"), (forgets_the_last_row, "wrong"), (fails, "error")]
+    ("defect", "verdict"),
+    [(off_by_a_percent, "wrong"), pytest.param(forgets_the_last_row, "wrong", marks=pytest.mark.slow), (fails, "error")],
 )
 def test_a_defect_is_caught(defect: zoo_backend.CompileGraph, verdict: str) -> None:
     assert {each.verdict for each in run("OPTForCausalLM", "static", "float32", 1, defect)} == {verdict}
