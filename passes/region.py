@@ -20,7 +20,7 @@ from alignedkv_compile.ops import is_ours
 from alignedkv_compile.outlined import Region
 from alignedkv_compile.torch_private import OpOverload, placeholder_symbol, tree_leaves
 
-from .nodes import arguments, depends_on_data, example, is_symbolic, mutated_by, storage_of, tensor_of
+from .nodes import arguments, depends_on_data, example, is_symbolic, mutated_by, same, storage_of, tensor_of
 
 _V = TypeVar("_V")
 
@@ -259,5 +259,25 @@ def region_of(piece: Piece, others: Sequence[Mapping[sympy.Symbol, sympy.Symbol]
         args, kwargs = _arguments(node, piece)
         copied.args, copied.kwargs = map_arg(args, lambda old: copies[old]), map_arg(kwargs, lambda old: copies[old])
         copies[node] = copied
-    graph.output(tuple(copies[node] for node in piece.results))
+    graph.output(tuple(_as_expected(graph, copies[node]) for node in piece.results))
     return Region(GraphModule({}, graph), tuple(fakes), tuple(others))
+
+
+def _as_expected(graph: Graph, node: Node) -> Node:
+    """A result with the strides that Dynamo saw: a decomposition may give it others, and regions are compiled one by one."""
+    tensor = tensor_of(node)
+    if tensor is None or not _is_contiguous(tensor):
+        return node
+    result = graph.call_method("contiguous", (node,))
+    result.meta["example_value"] = tensor
+    return result
+
+
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    """Without a guard on sizes that are symbols."""
+    expected: int | torch.SymInt = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not same(size, 1) and not same(stride, expected):
+            return False
+        expected = expected * size
+    return True

