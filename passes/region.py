@@ -108,7 +108,7 @@ def _sizes(operands: Sequence[Node], inputs: Inputs) -> list[Operand]:
     values = [example(node) for node in operands]
     defined = {size for value in values if isinstance(value, torch.Tensor) for size in _bare_symbols(value)}
     sizes = []
-    for symbol in sorted(_symbols(values), key=str):
+    for symbol in _symbols(values):
         if symbol in inputs.defining:
             sizes.append(Operand(inputs.defining[symbol]))
         elif symbol not in defined:
@@ -157,15 +157,15 @@ def _our_arguments(node: Node) -> dict[str, object]:
     return arguments(node, [argument.name for argument in node.target._schema.arguments])
 
 
-def _symbols(values: Sequence[object]) -> frozenset[sympy.Symbol]:
-    """Every symbol in these fakes' sizes."""
-    found: set[sympy.Symbol] = set()
+def _symbols(values: Sequence[object]) -> dict[sympy.Symbol, None]:
+    """Every symbol in these fakes' sizes, as they come up: a name tells layers apart, the order does not."""
+    found: dict[sympy.Symbol, None] = {}
     for value in values:
         sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
         for size in sizes:
             if isinstance(size, torch.SymInt):
-                found |= size.node.expr.free_symbols
-    return frozenset(found)
+                found |= dict.fromkeys(sorted(size.node.expr.free_symbols, key=str))
+    return found
 
 
 class Names:

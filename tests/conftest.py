@@ -32,6 +32,11 @@ hypothesis.settings.register_profile("nightly", max_examples=400, deadline=None,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end one process would run it while the others are done."""
+    items.sort(key=lambda item: "/model/" not in item.nodeid)
+
+
 def pytest_unconfigure() -> None:
     if not _is_worker:
         shutil.rmtree(_caches, ignore_errors=True)

@@ -37,6 +37,7 @@ def test_every_option_is_taken() -> None:
         "assume_exclusive_cache": True,
         "memory": "planes",
         "shadow_every": 1000,
+        "share_layers": False,
         "inductor": {"freezing": True, "max-autotune": False},
     }
     assert set(given) == set(OPTION_NAMES)
@@ -48,6 +49,7 @@ def test_every_option_is_taken() -> None:
     assert options.memory == "planes"
     assert options.without_planes.tolerance == 0.0
     assert options.shadow_every == 1000
+    assert not options.share_layers
     assert not options.calibrate
     assert options.inductor_patches()["freezing"] is True
     assert options.inductor_patches()["max_autotune"] is False  # overrides the mode
