@@ -110,7 +110,7 @@ bench-quick: $(STAMP)  ## one context, two shapes
 bench-rows: $(STAMP)  ## one layer by the number of query rows, against stock (about 3 minutes)
 	$(BIN)/python benchmarks/query_rows.py --json results/query-rows.json $(BENCH_ARGS)
 
-bench-first: $(STAMP)  ## the first compiled token of 30 layers, and what shared layers cost later ones (about 6 minutes)
+bench-first: $(STAMP)  ## the first compiled token of 30 layers, and what shared layers cost later ones (about 9 minutes)
 	$(BIN)/python benchmarks/first_token.py --json results/first-token.json $(BENCH_ARGS)
 
 bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)

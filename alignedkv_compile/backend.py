@@ -75,7 +75,8 @@ def _compile_rewritten(
         links = sorted({site.kind.link for site in declined if site.kind is not None})
         raise DeclinedError([describe_site(site) for site in declined], links)
     patches = options.inductor_patches()
-    outline = passes.outline_layers(rewritten) if _shares_layers(options) else None
+    shares_layers = options.share_layers and not torch_private.freezes_weights(patches)
+    outline = passes.outline_layers(rewritten) if shares_layers else None
     if not rewritten.is_changed:
         if outline is None:
             return torch_private.compile_graph(gm, example_inputs, patches)
@@ -93,10 +94,6 @@ def _compile_rewritten(
         else OutlinedGraph(outline, partial(torch_private.compile_region, patches=patches, post_grad=added))
     )
     return Runtime(compiled, rewritten, options, graph_report)
-
-
-def _shares_layers(options: Options) -> bool:
-    return options.share_layers and not torch_private.freezes_weights(options.inductor_patches())
 
 
 def _declined(site: SiteReport, reason: str) -> SiteReport:

@@ -60,7 +60,7 @@ class Options:
         shadow_every: one call in so many of each graph is also computed from all bits, and what the reads were off by goes to
             :func:`alignedkv_compile.on_shadow` and the metrics; 0 is never. Such a call takes longer, and waits for a GPU.
         share_layers: on CPUs, compile layers that compute the same once instead of once each: the first token comes sooner, and
-            later ones pay some microseconds for the calls. Has no effect with Inductor's ``freezing``.
+            later ones take a few per cent longer. Has no effect with Inductor's ``freezing``.
         inductor: entries of ``torch._inductor.config`` to set while compiling; they override ``mode``.
         mode: one of :data:`MODES`, or None.
     """

@@ -164,7 +164,8 @@ def compile_region(
     if shape_env is not None:
         for guard in shape_env.guards[known:]:
             for names in others:
-                assert shape_env.evaluate_expr(guard.expr.xreplace(names)), f"{guard.expr} holds for one layer of several"
+                if not shape_env.evaluate_expr(guard.expr.xreplace(names)):
+                    raise AssertionError(f"{guard.expr} holds for one layer of several")
     # Dynamo is off while it runs what a backend returned: what turns it off at each call would only take time.
     return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 

@@ -108,7 +108,7 @@ def main(
     only_first: Annotated[str, typer.Option(hidden=True)] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
-    """Time first and later tokens; about 6 minutes on two cores."""
+    """Time first and later tokens; about 9 minutes on two cores."""
     if only_first:
         print(first_token(only_first, layers))
         return

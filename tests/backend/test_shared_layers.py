@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import sympy
 import torch
 
 import alignedkv_compile
@@ -121,6 +120,5 @@ def test_what_is_assumed_of_one_layer_is_guarded_for_the_others(monkeypatch: pyt
     symbols = {size.node.expr: other.node.expr}
     torch_private.compile_region(torch.fx.GraphModule({}, graph), [example], [symbols], {})
     guards = [guard.expr for guard in mode.shape_env.guards]
-    assert sympy.Eq(sympy.Mod(other.node.expr, 8), 0).subs(other.node.expr, 24)
     assert any(guard.free_symbols == {size.node.expr} for guard in guards)
     assert any(guard.free_symbols == {other.node.expr} for guard in guards)
