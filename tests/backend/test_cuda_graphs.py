@@ -86,7 +86,9 @@ def test_a_static_decode_is_recorded_once_and_replayed(
     assert (decode.skipped, len(decode.recordings), decode.replays, skips()) == (None, 1, STEPS - 2, 0)
 
 
-@pytest.mark.parametrize("who", ["alignedkv", "alignedkv without marks", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "who", ["alignedkv without marks", *(pytest.param(who, marks=pytest.mark.slow) for who in ("alignedkv", "inductor"))]
+)
 def test_a_cache_first_used_by_compiled_code(
     tiny_llama: Any, graphs: EmulatedCudaGraphs, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

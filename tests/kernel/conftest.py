@@ -19,16 +19,15 @@ INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that go over shapes, or named variants, and instruction sets, `make test` takes each with one set, in turn."""
-    shapes: dict[object, list[object]] = {}
+    """Of tests that go over cases and instruction sets, `make test` takes each case with one set, in turn."""
+    cases: dict[object, list[object]] = {}
     for item in items:
-        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if "isa" in chosen and (of := {"shape", "name"} & chosen.keys()):
-            shape = chosen[min(of)]
-            seen = shapes.setdefault(item.function, [])  # type: ignore[attr-defined]
-            if shape not in seen:
-                seen.append(shape)
-            if chosen["isa"] != INSTRUCTION_SETS[seen.index(shape) % len(INSTRUCTION_SETS)]:
+        chosen = dict(item.callspec.params) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if (isa := chosen.pop("isa", None)) and chosen:
+            seen = cases.setdefault(item.function, [])  # type: ignore[attr-defined]
+            if chosen not in seen:
+                seen.append(chosen)
+            if isa != INSTRUCTION_SETS[seen.index(chosen) % len(INSTRUCTION_SETS)]:
                 item.add_marker(pytest.mark.slow)
 
 
