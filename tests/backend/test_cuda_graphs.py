@@ -125,6 +125,7 @@ def test_two_caches_in_turn_are_two_recordings(tiny_llama: Any, graphs: Emulated
     assert (decode.skipped, len(decode.recordings), decode.replays) == (None, 2, 2 * STEPS - 3)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_used_again_needs_no_new_recording(tiny_llama: Any, graphs: EmulatedCudaGraphs) -> None:
     """``reset()`` and an eager prefill make the planes stale: they are rebuilt where they are."""
     forward = compiled(tiny_llama)
@@ -189,6 +190,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_nothing_is_done_around_a_call(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the steady state the runtime runs no operation of its own: nothing is allocated, no host waits for a device."""
     called = Runtime.__call__

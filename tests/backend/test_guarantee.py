@@ -121,7 +121,8 @@ def test_tolerance_zero_reads_everything(steps: Any, filled: Any) -> None:
     assert statistics.certificates == statistics.worst_certificates == (0.0,) * steps.heads
 
 
-@pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_llama(tiny_llama: Any, kind: str) -> None:
     from transformers import DynamicCache, StaticCache
 

@@ -215,5 +215,5 @@ def test_caches_live_as_in_stock(lives: type[CacheLives]) -> None:
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=512):
         test = lives.TestCase
         # a step costs a millisecond once its graph is compiled, so examples are cheap here
-        test.settings = settings(settings.default, max_examples=5 * settings.default.max_examples, stateful_step_count=40)
+        test.settings = settings(settings.default, max_examples=3 * settings.default.max_examples, stateful_step_count=40)
         test("runTest").runTest()

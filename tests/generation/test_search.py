@@ -65,15 +65,9 @@ def test_ways_to_choose_one_after_the_other(cache: str) -> None:
     assert len(twins.backend.graphs) <= 3
 
 
-@pytest.mark.parametrize(
-    ("model_type", "cache"),
-    [
-        ("mistral", "static"),
-        pytest.param("mistral", "dynamic", marks=slow),
-        pytest.param("deepseek_v3", "static", marks=slow),
-        pytest.param("deepseek_v3", "dynamic", marks=slow),
-    ],
-)
+@slow
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("model_type", ["mistral", "deepseek_v3"])
 def test_beams_over_windows_and_latents(model_type: str, cache: str) -> None:
     twins = Twins(mistral() if model_type == "mistral" else tiny("DeepseekV3ForCausalLM", model_type))
     twins.generate(input_ids=prompt(7), num_beams=3, **CACHES[cache])

@@ -19,7 +19,11 @@ INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that go over cases and instruction sets, `make test` takes each case with one set, in turn."""
+    """Of tests that go over cases and instruction sets, `make test` takes each case with one set, in turn.
+
+    Where AVX-512 is emulated, which takes long to compile, it is taken for the first case only.
+    """
+    emulated = INSTRUCTION_SETS[0] not in NATIVE_ISAS
     cases: dict[object, list[object]] = {}
     for item in items:
         chosen = dict(item.callspec.params) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -27,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen = cases.setdefault(item.function, [])  # type: ignore[attr-defined]
             if chosen not in seen:
                 seen.append(chosen)
-            if isa != INSTRUCTION_SETS[seen.index(chosen) % len(INSTRUCTION_SETS)]:
+            place = seen.index(chosen)
+            sets = INSTRUCTION_SETS[1:] if emulated and place else INSTRUCTION_SETS
+            if isa != sets[place % len(sets)]:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -215,7 +215,7 @@ def test_strided_operands() -> None:
     assert relative_errors(kernel.output, expected.output.double()).max() <= agreement_budget(case)
 
 
-@settings(max_examples=20)
+@settings(max_examples=settings().max_examples)
 @given(
     rows=st.integers(1, 900),
     peak=st.sampled_from([0.0, 0.5, 2.0, 6.0]),

@@ -22,7 +22,7 @@ FLOAT32 = 2.0**-23
 """The operator's float32 output rounds what is certified in float64, elementwise."""
 SUBNORMAL = 2.0**-150
 """Half the distance of float32's smallest numbers, the output's rounding error where it is that small."""
-DEEP = 30
+DEEP = 15
 """Examples per example of the profile: cases are small, and a violation would be rare."""
 
 
