@@ -21,9 +21,8 @@ INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of tests that go over cases and instruction sets, `make test` takes each case with one set, in turn.
 
-    Where AVX-512 is emulated, which takes long to compile, it is taken for the first case only.
+    A set that is emulated, which takes long to compile, is taken for the first case only; others get the best of this machine.
     """
-    emulated = INSTRUCTION_SETS[0] not in NATIVE_ISAS
     cases: dict[object, list[object]] = {}
     for item in items:
         chosen = dict(item.callspec.params) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -32,8 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if chosen not in seen:
                 seen.append(chosen)
             place = seen.index(chosen)
-            sets = INSTRUCTION_SETS[1:] if emulated and place else INSTRUCTION_SETS
-            if isa != sets[place % len(sets)]:
+            turn = INSTRUCTION_SETS[place % len(INSTRUCTION_SETS)]
+            if isa != (turn if turn in NATIVE_ISAS or not place else NATIVE_ISAS[0]):
                 item.add_marker(pytest.mark.slow)
 
 

@@ -22,7 +22,7 @@ from cases import (
     without_planes,
     write_planes,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from alignedkv_compile import ops
@@ -215,7 +215,6 @@ def test_strided_operands() -> None:
     assert relative_errors(kernel.output, expected.output.double()).max() <= agreement_budget(case)
 
 
-@settings(max_examples=settings().max_examples)
 @given(
     rows=st.integers(1, 900),
     peak=st.sampled_from([0.0, 0.5, 2.0, 6.0]),
