@@ -1,8 +1,7 @@
 """Cutting a rewritten graph at the borders of its layers, so that layers that compute the same are compiled once.
 
-A layer is a module that stands in a list of modules (``model.layers[3]``); what Dynamo traced in it is one run of nodes.
-Calling a region takes some microseconds more than going on inside one, so a region may have several layers: as many as cost
-least.
+A layer is a module that stands in a list of modules (``model.layers[3]``); what Dynamo traced in it is one run of nodes, and
+a region of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -27,23 +26,12 @@ _log = logging.getLogger(__name__)
 REGION_COST = 30
 """Compiling a region takes as long as so many nodes of it, whatever it has."""
 
-CALL_COST = 40
-"""A call of a region for each of some thousand tokens takes as long as compiling so many nodes."""
-
-MOST_LAYERS = 8
-"""A region has at most so many layers."""
+CALL_COST = 20
+"""A call of a region for each of some hundred thousand tokens takes as long as compiling so many nodes."""
 
 _LAYER = re.compile(r"[.\[]\d+\]?$")
 _CHANGES_A_MODE = ("set_grad", "nesting", "hooks", "deterministic", "set_default")
 """In names of functions that change a mode. Those that return what changes it back are not here: that stays in one region."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Nodes in a row that stand in the same layer; ``layer`` is its path, "" between layers."""
-
-    layer: str
-    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -55,15 +43,21 @@ class _Cut:
     names: tuple[Names, ...]
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[Node, ...]], graph: Graph) -> _Cut:
+    def of(cls, graph: Graph) -> _Cut:
         inputs = Inputs.of(graph)
-        pieces = tuple(piece_of(nodes, inputs) for nodes in parts)
+        pieces = tuple(piece_of(nodes, inputs) for nodes in _runs(graph))
         names = tuple(Names() for _ in pieces)
         numbers: dict[Hashable, int] = {}
         regions = tuple(
             numbers.setdefault(signature(piece, own), len(numbers)) for piece, own in zip(pieces, names, strict=True)
         )
         return cls(pieces, regions, names)
+
+    @property
+    def cost(self) -> int:
+        """What compiling and calling takes, in nodes."""
+        compiled = dict(zip(self.regions, self.pieces, strict=True)).values()
+        return sum(len(piece.nodes) + REGION_COST for piece in compiled) + CALL_COST * len(self.pieces)
 
     def members(self) -> Iterator[list[int]]:
         """For each region the places of its pieces."""
@@ -73,8 +67,6 @@ class _Cut:
 
 def outline_layers(rewritten: RewrittenGraph, *, always: bool = False) -> Outline | None:
     """The graph as calls of regions, or None where it stays whole: too little repeats, or a cut might change what it computes.
-
-    A region has as many layers as cost least, by what compiling and calling them takes.
 
     Two layers may have different symbols for the same length, as Dynamo makes one for each tensor: a region lists those of the
     layers that it serves beside its own.
@@ -97,12 +89,9 @@ def outline_layers(rewritten: RewrittenGraph, *, always: bool = False) -> Outlin
 
 def _outline(module: GraphModule, *, always: bool) -> Outline:
     graph = module.graph
-    runs = tuple(_runs(graph))
-    layers = _Cut.of([run.nodes for run in runs], graph)
-    groups = min((_groups(runs, most) for most in range(1, MOST_LAYERS + 1)), key=lambda groups: _cost(groups, layers))
-    if not always and _cost(groups, layers) >= len(graph.nodes) + REGION_COST + CALL_COST:
+    cut = _Cut.of(graph)
+    if not always and cut.cost >= len(graph.nodes) + REGION_COST + CALL_COST:
         raise WholeGraphError("too little repeats")
-    cut = _Cut.of([tuple(chain.from_iterable(runs[place].nodes for place in group)) for group in groups], graph)
 
     outputs = graph.output_node().args[0]
     returned = [value for value in outputs if isinstance(value, Node)] if isinstance(outputs, tuple | list) else []
@@ -133,22 +122,6 @@ def _outline(module: GraphModule, *, always: bool) -> Outline:
     )
 
 
-def _groups(runs: Sequence[_Run], most: int) -> list[tuple[int, ...]]:
-    """Places of runs, ``most`` layers that follow each other together."""
-    groups: list[tuple[int, ...]] = []
-    for _, places in groupby(range(len(runs)), key=lambda place: bool(runs[place].layer)):
-        row = list(places)
-        groups += [tuple(row[start : start + most]) for start in range(0, len(row), most)]
-    return groups
-
-
-def _cost(groups: Sequence[tuple[int, ...]], layers: _Cut) -> int:
-    """What compiling and calling takes, in nodes; groups of like layers are taken to be alike."""
-    distinct = {tuple(layers.regions[place] for place in group): group for group in groups}
-    nodes = sum(len(layers.pieces[place].nodes) for group in distinct.values() for place in group)
-    return nodes + REGION_COST * len(distinct) + CALL_COST * len(groups)
-
-
 def _calls(cut: _Cut, slots: Mapping[Operand, int], kept: set[int]) -> Iterator[RegionCall]:
     read = [tuple(slots[operand] for operand in piece.operands) for piece in cut.pieces]
     written = [tuple(slots[Operand(node)] for node in piece.results) for piece in cut.pieces]
@@ -158,7 +131,8 @@ def _calls(cut: _Cut, slots: Mapping[Operand, int], kept: set[int]) -> Iterator[
         yield RegionCall(region, inputs, outputs, freed)
 
 
-def _runs(graph: Graph) -> Iterator[_Run]:
+def _runs(graph: Graph) -> Iterator[tuple[Node, ...]]:
+    """Nodes in a row that stand in the same layer, or between two."""
     layers: list[tuple[str, Node]] = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -166,8 +140,8 @@ def _runs(graph: Graph) -> Iterator[_Run]:
         if node.op not in ("call_function", "call_method") or _changes_a_mode(node):
             raise WholeGraphError(f"{node.name} may depend on more than its arguments, or change what others depend on")
         layers.append((_layer(node, layers[-1][0] if layers else ""), node))
-    for layer, run in groupby(layers, key=lambda pair: pair[0]):
-        yield _Run(layer, tuple(node for _, node in run))
+    for _, run in groupby(layers, key=lambda pair: pair[0]):
+        yield tuple(node for _, node in run)
 
 
 def _changes_a_mode(node: Node) -> bool:
