@@ -24,6 +24,7 @@ from torch._inductor.codegen.cpp_utils import cexpr
 from torch._inductor.codegen.cpp_utils import cexpr_index as cexpr_index  # C++ text of an index expression
 from torch._inductor.codegen.triton import texpr as texpr  # Triton text of one
 from torch._inductor.lowering import empty_strided as empty_strided
+from torch._inductor.lowering import fallback_handler as fallback_handler  # calls an operator from the compiled graph
 from torch._inductor.lowering import register_lowering as register_lowering
 from torch._inductor.runtime.hints import DeviceProperties as DeviceProperties  # also of a GPU that is not there
 from torch._inductor.select_algorithm import SymbolicGridFn as SymbolicGridFn

@@ -35,8 +35,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from alignedkv_compile import lowering
-from alignedkv_compile.layout import arena_layout
+from alignedkv_compile.layout import ArenaLayout, arena_layout
 from alignedkv_compile.options import UNIT_ROUNDOFF
+from alignedkv_compile.storage import STORAGES
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,51 @@ class Call:
         return lambda a, b, c, d, e, f, g: step(a, b, c, d, e, f, g)
 
 
+@dataclass(frozen=True)
+class PackedCall:
+    """A decode step over an ``alignedkv_compile.Cache``."""
+
+    dim: int
+    storage: str
+    query_heads: int = 32
+    heads: int = 8
+    context: int = 131072
+    queries: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    tolerance: float = 2.0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake CUDA tensors: planes, new K, new V, positions, query."""
+
+        def empty(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(*size, dtype=dtype, device="cuda:0")
+
+        layout = ArenaLayout(self.heads, self.context, self.dim, self.dim, STORAGES[self.storage], self.dtype.itemsize)
+        return [
+            empty(layout.total, dtype=torch.uint8),
+            *(empty(1, self.heads, 1, self.dim) for _ in range(2)),
+            empty(1, dtype=torch.int64),
+            empty(1, self.query_heads, self.queries, self.dim),
+        ]
+
+    def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """One layer's write and read."""
+        operators, storage, context = torch.ops.alignedkv, self.storage, self.context
+        cache = (self.heads, self.dim, self.dtype, storage, context, context)
+        numbers = (self.dim**-0.5, 0.0, self.tolerance, UNIT_ROUNDOFF[self.dtype], 512)
+
+        def step(planes, new_key, new_value, positions, query):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+            operators.store_rows.default(planes, new_key, new_value, positions, context, storage)
+            return (operators.packed_read_attention.default(query, planes, None, None, *cache, *numbers),)
+
+        return step
+
+
 class _CapturedError(Exception):
     """Ends a compilation once the source is there: loading it would need a GPU."""
 
 
-def generate(call: Call) -> str:
+def generate(call: Call | PackedCall) -> str:
     """The module that Inductor writes for ``call``."""
     from unittest.mock import patch
 
@@ -363,10 +404,12 @@ def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype, queries
     stand_in_for_cuda(DEVICES[target])
     compiled = []
     for dim in dims:
-        calls = {
+        calls: dict[str, tuple[Call | PackedCall, set[str]]] = {
             "": (Call(dim, queries=queries, dtype=dtype, masked=False), {"quantize_on_write", "scan", "finish", "repair"}),
             " masked": (Call(dim, queries=queries, dtype=dtype), {"scan", "finish", "repair"}),
             " at tolerance 0": (Call(dim, queries=queries, dtype=dtype, masked=False, tolerance=0.0), {"stream", "combine"}),
+            " 8bit": (PackedCall(dim, "8bit", queries=queries, dtype=dtype), {"scan", "finish", "repair"}),
+            " 4bit+": (PackedCall(dim, "4bit+", queries=queries, dtype=dtype), {"quantize_on_write", "finish", "repair"}),
         }
         for suffix, (call, wanted) in calls.items():
             found = [(name, source) for name, source in kernels(generate(call)) if _template_name(source) in wanted]

@@ -239,6 +239,8 @@ def _lower_packed(
     )
     inputs = {"query": realize(query, contiguous_last=False)}
     inputs |= _realized(planes=planes, mask=mask, sinks=sinks, counters=counters)
+    if generates_triton(device_of(query)):
+        return _lower_to_triton(inputs, _output(query, constants), constants)
     return emit(ReadAttention(inputs, _output(query, constants), constants))
 
 
@@ -263,24 +265,15 @@ def _lowering(lower: Callable[..., ir.TensorBox], *extras: str) -> Callable[...,
 
 
 def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, constants: Constants) -> ir.TensorBox:
-    from .triton.attention import Read, Settings  # triton need not be installed for CPUs
+    from .triton.attention import Read  # triton need not be installed for CPUs
 
-    if "bounds" in inputs:
-        raise NotImplementedError(
-            "certified_read_attention has generated C++ only; call it outside torch.compile on this device"
-        )
+    if "bounds" in inputs or constants.arena.storage.residual:
+        what = "certified_read_attention" if "bounds" in inputs else "packed_read_attention of lossless rows"
+        raise NotImplementedError(f"{what} has generated C++ only; call it outside torch.compile on this device")
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4
-    settings = Settings(
-        scale=constants.scale,
-        softcap=constants.softcap,
-        tolerance=constants.tolerance,
-        unit_roundoff=constants.unit_roundoff,
-        min_context=constants.min_context,
-        length=constants.length,
-    )
     attention = {name: node for name, node in inputs.items() if name != "counters"}
-    read = Read(attention, strides, mask_minimum(mask), settings)
+    read = Read(attention, strides, mask_minimum(mask), constants)
     result = read.read(output)
     if "counters" in inputs:
         read.count(inputs["counters"], constants.site)

@@ -1,17 +1,18 @@
-"""``quantize_on_write``, ``store_rows`` and ``load_rows`` as C++ kernels."""
+"""``quantize_on_write``, ``store_rows`` and ``load_rows`` as C++ kernels; the first two for GPUs in ``triton/``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import sympy
 import torch
 
 from .. import ops, residual, residual_fields
-from ..inductor_private import V, empty_strided, ir, register_lowering
+from ..inductor_private import V, empty_strided, fallback_handler, ir, register_lowering
 from ..layout import ArenaLayout
 from ..storage import BESIDE, STORAGES
-from ..torch_private import generates_triton
+from ..torch_private import OpOverload, generates_triton
 from .arena_text import arena_header, packed_rows
 from .constants import SHARED, print_cpp
 from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render
@@ -96,13 +97,7 @@ def _arena(key: ir.IRNode, value: ir.IRNode, storage: str) -> ArenaLayout:
 def _lower_quantize(
     planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positions: ir.TensorBox, capacity: sympy.Expr
 ) -> None:
-    if generates_triton(device_of(planes)):
-        from .triton.quantize import lower  # triton need not be installed for CPUs
-
-        inputs = _inputs(planes, key, value, positions)
-        lower(inputs["planes"], inputs["key"], inputs["value"], inputs["positions"], sympy.sympify(capacity))
-        return
-    _lower_store(planes, key, value, positions, capacity, BESIDE.name)
+    _lower_write(planes, key, value, positions, capacity, BESIDE.name)
 
 
 def _lower_store(
@@ -113,8 +108,27 @@ def _lower_store(
     capacity: sympy.Expr,
     storage: str,
 ) -> None:
+    if generates_triton(device_of(planes)) and STORAGES[storage].residual:
+        _eagerly(ops.store_rows.default)(planes, key, value, positions, capacity, storage)
+        return
+    _lower_write(planes, key, value, positions, capacity, storage)
+
+
+def _lower_write(
+    planes: ir.TensorBox,
+    key: ir.TensorBox,
+    value: ir.TensorBox,
+    positions: ir.TensorBox,
+    capacity: sympy.Expr,
+    storage: str,
+) -> None:
     inputs = _inputs(planes, key, value, positions)
     arena = _arena(key, value, storage)
+    if generates_triton(device_of(planes)):
+        from .triton.quantize import lower  # triton need not be installed for CPUs
+
+        lower(inputs["planes"], inputs["key"], inputs["value"], inputs["positions"], sympy.sympify(capacity), arena)
+        return
     emit(RowsTemplate("quantize_on_write.cpp.jinja", inputs, ["planes"], sympy.sympify(capacity), arena))
 
 
@@ -127,6 +141,8 @@ def _lower_load(
     capacity: sympy.Expr,
     storage: str,
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
+    if generates_triton(device_of(planes)):
+        return _eagerly(ops.load_rows.default)(planes, key, value, positions, rows, capacity, storage)
     inputs = _inputs(planes, key, value, positions)
     results = []
     for name, like in (("keys", key), ("values", value)):
@@ -140,8 +156,13 @@ def _lower_load(
     return results[0], results[1]
 
 
+def _eagerly(overload: OpOverload) -> Callable[..., Any]:
+    """An operator's eager meaning, called from the compiled graph: what there is no Triton for."""
+    return fallback_handler(overload, add_to_fallback_set=False)
+
+
 def register() -> None:
-    """Register the lowerings; where Triton is generated, caches that are arenas are served by the operators' eager meaning."""
+    """Register the lowerings."""
     register_lowering(ops.quantize_on_write.default, type_promotion_kind=None)(_lower_quantize)
     register_lowering(ops.store_rows.default, type_promotion_kind=None)(_lower_store)
     register_lowering(ops.load_rows.default, type_promotion_kind=None)(_lower_load)

@@ -10,17 +10,20 @@ that depends on data, every address is fixed, as CUDA graphs want it, and no sum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
 
 from ...inductor_private import DeviceProperties, FloorDiv, V, ir
-from ...layout import BLOCK_ROWS, ArenaLayout
+from ...layout import BLOCK_ROWS
 from ..constants import option_constants, policy_constants
 from .kernel import contiguous, emit, scratch
 from .shapes import head_constants, power_of_two
 from .tuning import read_launches, splits
+
+if TYPE_CHECKING:
+    from ..attention import Constants
 
 STATISTIC_FIELDS = 9
 LIMIT_FIELDS = 10
@@ -35,54 +38,38 @@ EMULATED_PROCESSORS = 2
 """Multiprocessors that a CPU stands for when its Triton code is interpreted."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is fixed when the kernels are generated; as in the operator's schema."""
-
-    scale: float
-    softcap: float
-    tolerance: float
-    unit_roundoff: float
-    min_context: int
-    length: sympy.Expr
-
-
 class Read:
     """The kernels of one call.
 
     Args:
-        inputs: IR nodes: query, key, value, and planes, mask, sinks where the call has them.
+        inputs: IR nodes: query, and key, value, planes, mask, sinks where the call has them.
         mask_strides: strides of the mask, 0 where it broadcasts.
         mask_floor: a floating mask at or below it prohibits.
-        settings: the call's options.
+        call: sizes and options.
     """
 
     def __init__(
-        self, inputs: Mapping[str, ir.IRNode], mask_strides: Sequence[sympy.Expr], mask_floor: float, settings: Settings
+        self, inputs: Mapping[str, ir.IRNode], mask_strides: Sequence[sympy.Expr], mask_floor: float, call: Constants
     ) -> None:
-        static = V.graph.sizevars.guard_int
-        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        query, cache = inputs["query"], [inputs[name] for name in ("key", "value") if name in inputs]
         self.inputs = {name.upper(): node for name, node in inputs.items()}
-        self.settings = settings
-        batch, query_heads, queries, key_dim = query.get_size()
-        heads = static(key.get_size()[1])
+        batch, heads = call.sizes[0], V.graph.sizevars.guard_int(call.sizes[1])
         device = query.get_device()
         assert device is not None
         self.device = device
-        self.arena = ArenaLayout(1, 1, static(key_dim), static(value.get_size()[3]))
+        self.arena = call.arena
         self.pairs = sympy.sympify(batch * heads)
-        group, queries = static(query_heads) // heads, static(queries)
-        rows = group * queries
+        rows = call.group * call.query_rows
         self.padded = max(4, power_of_two(rows))
-        short = settings.length.is_Integer and settings.length < settings.min_context
+        short = call.length.is_Integer and call.length < call.min_context
         fits = self.padded <= LARGEST_GROUP and max(self.arena.key_dim, self.arena.value_dim) <= LARGEST_HEAD
-        self.aligned = "PLANES" in self.inputs and fits and not short
+        self.aligned = "PLANES" in self.inputs and call.aligned and fits and not short
         self.splits = splits(V.graph.sizevars.optimization_hint(self.pairs), _processors(self.device))
-        self.blocks = FloorDiv(settings.length + (BLOCK_ROWS - 1), BLOCK_ROWS)
+        self.blocks = FloorDiv(call.length + (BLOCK_ROWS - 1), BLOCK_ROWS)
         self.share = FloorDiv(self.blocks + (self.splits - 1), self.splits)
         mask = inputs.get("mask")
         self.mask_kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
-        element = key.get_dtype()
+        element, full_row = call.dtype, (self.arena.key_dim + self.arena.value_dim) * call.dtype.itemsize
         self.launches = read_launches(
             max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize, hip=_is_hip()
         )
@@ -90,10 +77,10 @@ class Read:
             **head_constants(self.arena),
             **self.launches.tiles,
             **policy_constants(self.arena, element.itemsize),
-            **option_constants(settings.tolerance, settings.unit_roundoff, max(settings.min_context, 1)),
+            **option_constants(call.tolerance, call.unit_roundoff, max(call.min_context, 1)),
             "HEADS": heads,
-            "GROUP": group,
-            "QUERIES": queries,
+            "GROUP": call.group,
+            "QUERIES": call.query_rows,
             "M": rows,
             "MP": self.padded,
             "MW": max(16, self.padded),
@@ -105,26 +92,27 @@ class Read:
             "SCAN": 1024,
             "COLUMNS": min(64, power_of_two(self.arena.value_dim)),
             "HAS_MASK": self.mask_kind,
-            "MASK_SHARED": queries == 1 and mask is not None and mask_strides[1] == 0,
+            "MASK_SHARED": call.query_rows == 1 and mask is not None and mask_strides[1] == 0,
             "HAS_SINKS": "SINKS" in self.inputs,
-            "SOFTCAP": max(settings.softcap, 0.0),
+            "SOFTCAP": max(call.softcap, 0.0),
             "HAS_STATE": self.aligned,
             "COUNTED": "PLANES" in self.inputs,
             "FLOOR": mask_floor,
-            "SCALE": settings.scale,
-            "ABS_SCALE": abs(settings.scale),
+            "SCALE": call.scale,
+            "ABS_SCALE": abs(call.scale),
             "PRECISION": "'ieee'" if _is_hip() else "'tf32x3'",
             "PACKED": device.type == "cuda" and not _is_hip(),
             "FULL_KEY": self.arena.key_dim * element.itemsize,
             "FULL_VALUE": self.arena.value_dim * element.itemsize,
-            "REFINEMENT": self.arena.key_plane_row * (2 if settings.softcap > 0 else 1),
+            "STREAMED_ROW": self.arena.stored_row if self.arena.storage.packed else full_row,
+            "REFINEMENT": self.arena.key_plane_row * (2 if call.softcap > 0 else 1),
             "FIELDS": STATISTIC_FIELDS,
             "LIMIT_FIELDS": LIMIT_FIELDS,
             "COUNTERS": COUNTERS,
             "PROHIBITED": PROHIBITED,
         }
-        self.sizes = [self.pairs, settings.length, key.get_size()[2], *mask_strides, *query.get_stride()]
-        self.sizes += [*key.get_stride()[:3], *value.get_stride()[:3]]
+        self.sizes = [self.pairs, call.length, call.sizes[2], *mask_strides, *query.get_stride()]
+        self.sizes += [stride for tensor in cache for stride in tensor.get_stride()[:3]] or [0] * 6
         if "SINKS" in self.inputs:
             self.sizes += self.inputs["SINKS"].get_stride()
 
@@ -137,7 +125,8 @@ class Read:
         **constants: object,
     ) -> ir.TensorBox:
         """One kernel."""
-        return emit(name, inputs, mutated, output, self.sizes, {**self.constants, **constants}, self.launches.of(name))
+        values = {**self.constants, **constants}
+        return emit(name, inputs, mutated, output, self.sizes, values, self.launches.of(name), self.arena.storage)
 
     def floats(self, *size: object) -> ir.FixedLayout:
         """A fresh float32 buffer ``[pairs, *size]``."""
@@ -156,6 +145,10 @@ class Read:
             output = contiguous(self.device, torch.float32, self.pairs, self.padded)
             lenient = {"LENIENT": self.emit("lenient", {"MASK": self.inputs["MASK"]}, [], output, GRID_Y=1)}
         return {**lenient, "MASK": self.inputs["MASK"]}
+
+    def cache(self) -> dict[str, ir.IRNode]:
+        """K and V, where the arena is not the cache."""
+        return {name: self.inputs[name] for name in ("KEY", "VALUE") if name in self.inputs}
 
     def sinks(self) -> dict[str, ir.IRNode]:
         """The sinks where there are any."""
@@ -198,7 +191,7 @@ class Read:
             "VERDICTS": self.scratch(torch.int32, 1 + splits),
             **counts,
         }
-        cache = {name: self.inputs[name] for name in ("KEY", "VALUE")}
+        cache = self.cache()
         inputs = {**query, **planes, **cache, **scores, **statistics, "LIMITS": limits, **lists, **parts, **mask}
         result = self.emit("finish", inputs, ["PLANES", *lists, *parts], output)
         inputs = {**query, **planes, **cache, **parts, "OUT": result, **mask}
@@ -211,8 +204,7 @@ class Read:
         splits, padded, dim = self.splits, self.padded, self.arena.value_dim
         self.counted = {"READ": self.scratch(torch.int32, splits)}
         tops = {"TOPS": self.scratch(torch.float32, splits, 2, padded)}
-        data = {name: self.inputs[name] for name in ("QUERY", "KEY", "VALUE")}
-        inputs = {**data, **tops, **self.counted}
+        inputs = {"QUERY": self.inputs["QUERY"], **self.cache(), **tops, **self.counted}
         if "PLANES" in self.inputs:
             shared = {"PLANES": self.inputs["PLANES"], "PARTS": self.scratch(torch.float32, splits, padded, dim)}
             inputs = {**inputs, **shared, **self.mask(), **self.sinks()}

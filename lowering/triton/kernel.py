@@ -27,6 +27,7 @@ from ...inductor_private import (
     ir,
     texpr,
 )
+from ...storage import BESIDE, PACKED, Storage
 from ..constants import SCAN, SHARED, print_triton
 from .shared import shared_functions
 
@@ -72,6 +73,9 @@ def one_program(*_: Any) -> tuple[Any, Any, Any]:
     return 1, 1, 1
 
 
+CACHE_BUFFERS = frozenset({"KEY", "VALUE"})
+"""What kernels over an arena that is the cache do without."""
+
 GRIDS = {"quantize_on_write": pairs_by_pieces, "count": one_program}
 
 
@@ -97,15 +101,17 @@ def named_constants(name: str) -> Mapping[str, str]:
 
 
 @functools.cache
-def template(name: str) -> Template:
-    """The template with the shared functions; Inductor knows it by ``alignedkv_<name>``."""
+def template(name: str, storage: Storage) -> Template:
+    """The template with the shared functions; Inductor knows it by a name of its own for each storage."""
     text = template_text(name)
-    made = Template(f"alignedkv_{name}", GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions())
+    known_as = f"alignedkv_{name}" if storage == BESIDE else f"alignedkv_{name}_{PACKED.index(storage.name)}"
+    made = Template(known_as, GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(storage))
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
         counter_fields=len(ops.COUNTER_FIELDS),
         log2e=SHARED["LOG2E"],
-        buffers=frozenset(part for part in known.split('"')[1::2]),
+        buffers=frozenset(known.split('"')[1::2]) - (CACHE_BUFFERS if storage.packed else frozenset()),
+        storage=storage,
     )
     return made
 
@@ -127,6 +133,7 @@ def emit(
     sizes: Sequence[object],
     constants: Mapping[str, object],
     launch: Launch,
+    storage: Storage = BESIDE,
 ) -> ir.TensorBox:
     """Put a kernel into the graph that is being lowered; the result is its output.
 
@@ -138,9 +145,10 @@ def emit(
         sizes: what ``call_size`` returns by index, and what the grid is computed from.
         constants: the template's glossary, but for :func:`named_constants`.
         launch: how it is divided up.
+        storage: of the arena that it works on.
     """
     choices: list[Any] = []
-    error = template(name).maybe_append_choice(
+    error = template(name, storage).maybe_append_choice(
         choices,
         input_nodes=list(inputs.values()),
         layout=output,

@@ -1,4 +1,4 @@
-"""``quantize_on_write`` as a Triton kernel."""
+"""``quantize_on_write`` and ``store_rows`` as a Triton kernel."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import torch
 
 from ...inductor_private import V, ir
 from ...layout import BLOCK_ROWS, ArenaLayout
+from ...storage import WINDOW
 from .kernel import contiguous, emit
 from .shapes import head_constants
 from .tuning import write_launch
 
 
-def lower(planes: ir.IRNode, key: ir.IRNode, value: ir.IRNode, positions: ir.IRNode, capacity: sympy.Expr) -> None:
-    """Arguments as :data:`alignedkv_compile.ops.quantize_on_write`, realized, with contiguous last dimensions."""
+def lower(
+    planes: ir.IRNode, key: ir.IRNode, value: ir.IRNode, positions: ir.IRNode, capacity: sympy.Expr, arena: ArenaLayout
+) -> None:
+    """Arguments as :data:`alignedkv_compile.ops.quantize_on_write`, realized, with contiguous last dimensions; ``arena`` is the
+    layout of one head's planes."""
     static = V.graph.sizevars.guard_int
     batch, heads, rows, _ = key.get_size()
-    arena = ArenaLayout(1, 1, static(key.get_size()[3]), static(value.get_size()[3]))
     device = planes.get_device()
     assert device is not None
     constants = head_constants(arena)
@@ -27,6 +30,7 @@ def lower(planes: ir.IRNode, key: ir.IRNode, value: ir.IRNode, positions: ir.IRN
         "DP": constants["DP"],
         "VP": constants["VP"],
         "RECORD": arena.block_record,
+        "WINDOW": WINDOW,
     }
     sizes = [batch * heads, rows, capacity, *key.get_stride()[:3], *value.get_stride()[:3], *positions.get_stride()]
     emit(
@@ -37,4 +41,5 @@ def lower(planes: ir.IRNode, key: ir.IRNode, value: ir.IRNode, positions: ir.IRN
         sizes,
         constants,
         write_launch(arena.key_dim, arena.value_dim),
+        arena.storage,
     )

@@ -10,6 +10,7 @@ import jinja2
 
 from ... import precision
 from ...layout import ArenaLayout
+from ...storage import WINDOW, Storage
 from ..constants import SHARED, print_triton
 
 SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "arrivals")
@@ -45,15 +46,16 @@ class TextLayout(ArenaLayout):
     block_record = Text("RECORD")  # type: ignore[assignment]
 
 
-def _section_functions() -> str:
-    arena = TextLayout(Text("pairs"), Text("capacity"), 0, 0)  # type: ignore[arg-type]
+def _section_functions(storage: Storage) -> str:
+    arena = TextLayout(Text("pairs"), Text("capacity"), 0, 0, storage)  # type: ignore[arg-type]
     functions = [
         f"@triton.jit\ndef arena_{name}(pairs, capacity, KH: tl.constexpr, VH: tl.constexpr, RECORD: tl.constexpr):\n"
         f'    """Byte offset of the section {name}."""\n    return {getattr(arena, name)}\n'
         for name in SECTIONS
     ]
     functions += [
-        f"@triton.jit\ndef arena_{name}(capacity):\n    return {getattr(arena, name)}\n" for name in ("rows", "blocks")
+        f"@triton.jit\ndef arena_{name}(capacity):\n    return {getattr(arena, name)}\n"
+        for name in ("rows", "blocks", "mid_rows")
     ]
     return "\n\n".join(functions)
 
@@ -74,9 +76,11 @@ def _formulas() -> str:
 
 
 @functools.cache
-def shared_functions() -> str:
-    """Text of ``templates/functions.py.jinja``."""
+def shared_functions(storage: Storage) -> str:
+    """Text of ``templates/functions.py.jinja`` for arenas of this storage."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined)
     text = environment.get_template("functions.py.jinja")
-    return text.render(**print_triton(SHARED), formulas=_formulas(), sections=_section_functions())
+    return text.render(
+        **print_triton(SHARED), WINDOW=WINDOW, storage=storage, formulas=_formulas(), sections=_section_functions(storage)
+    )

@@ -22,6 +22,7 @@ from torch.fx.node import Argument
 from alignedkv_compile.contract import Outcome
 from alignedkv_compile.ops import load_rows, packed_read_attention, store_rows
 from alignedkv_compile.reasons import Reason
+from alignedkv_compile.storage import STORAGES
 from alignedkv_compile.torch_private import OpOverload, generates_triton
 
 from ..attention import check_cache_pair, is_prefill, site_over
@@ -60,8 +61,8 @@ class PackedKind:
         if other is not load or key.args[1] != 0 or value.args[1] != 1:
             raise Declined(Reason.MIXED_CACHES, "K and V are not those of one layer of the cache")
         check_cache_pair(key, value)
-        if generates_triton(fake(key).device):
-            raise Declined(Reason.DEVICE, "a cache made of planes is read by generated C++ only; its rows are decoded here")
+        if generates_triton(fake(key).device) and STORAGES[str(load.args[_STORAGE])].residual:
+            raise Declined(Reason.DEVICE, "lossless rows are read by generated C++ only; they are decoded here, by eager code")
         call, query = candidate.call, candidate.call.query
         if is_prefill(call) and isinstance(query, Node):  # which may read a part of the rows, those at hand say
             keys, values = (

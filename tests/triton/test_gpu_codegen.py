@@ -16,7 +16,11 @@ PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_codegen.py"
 pytestmark = pytest.mark.slow  # a minute and a half for a dtype; test_fake_gpu.py compiles for a GPU in `make test`
 
 READ = ("scan", "finish", "repair", "scan masked", "finish masked", "repair masked")
-KERNELS = ("quantize_on_write", *READ, "stream at tolerance 0", "combine at tolerance 0")
+PACKED = (
+    *(f"{name} 8bit" for name in ("scan", "finish", "repair")),
+    *(f"{name} 4bit+" for name in ("quantize_on_write", "finish", "repair")),
+)
+KERNELS = ("quantize_on_write", *READ, *PACKED, "stream at tolerance 0", "combine at tolerance 0")
 MOST_REGISTERS = {
     "scan": 144,
     "scan masked": 160,

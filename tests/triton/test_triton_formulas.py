@@ -13,6 +13,7 @@ from triton_interpreter import repaired
 
 from alignedkv_compile import precision
 from alignedkv_compile.lowering.triton.shared import shared_functions
+from alignedkv_compile.storage import BESIDE
 
 ARGUMENTS = {
     "error_budget": ("budget", ("R",), {"alpha": 2.0, "u": 2.0**-8}),
@@ -28,7 +29,7 @@ ARGUMENTS = {
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The shared functions, and for each formula a kernel ``run_<name>`` that loads its arguments and stores its value."""
-    text = ["import triton", "import triton.language as tl", shared_functions()]
+    text = ["import triton", "import triton.language as tl", shared_functions(BESIDE)]
     for name, (_, arguments, constants) in ARGUMENTS.items():
         loads = [f"tl.load(inputs + {index} + tl.arange(0, 1))" for index in range(len(arguments))]
         values = ", ".join([*loads, *map(str, constants.values())])

@@ -9,6 +9,7 @@ import torch
 from triton_interpreter import interpreted
 
 import alignedkv_compile
+from alignedkv_compile import reference_head, reference_write
 
 PROMPT, STEPS = 40, 3
 
@@ -35,7 +36,11 @@ def decode(model: Any, forward: Any, kind: str) -> torch.Tensor:
     """Logits ``[STEPS, vocabulary]`` of tokens decoded after an eager prefill."""
     from transformers import DynamicCache, StaticCache
 
-    cache = StaticCache(model.config, max_cache_len=64) if kind == "static" else DynamicCache(config=model.config)
+    makers = {
+        "static": lambda: StaticCache(model.config, max_cache_len=64),
+        "dynamic": lambda: DynamicCache(config=model.config),
+    }
+    cache = makers[kind]() if kind in makers else alignedkv_compile.Cache(model.config, kind, max_cache_len=64)
     tokens = torch.randint(0, 64, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(input_ids=tokens[:, :PROMPT], past_key_values=cache)
@@ -67,3 +72,25 @@ def test_decode_as_triton(llama: Any, kind: str, tolerance: float, monkeypatch: 
     assert counted.bytes_read > 0
     if tolerance:
         assert counted.bytes_read < counted.bytes_full, "planes were read"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["8bit", "4bit+"])
+def test_decode_over_planes_as_triton(llama: Any, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"strict": True, "min_context": 0, "stats": True}
+
+    def compiled() -> Any:
+        return torch.compile(llama.forward, backend="alignedkv", options=options)
+
+    cpp = decode(llama, compiled(), storage)
+    with interpreted(), monkeypatch.context() as patch:
+        for module in (reference_write, reference_head):  # the prompt is stored by eager code, which is to take this for a GPU
+            patch.setattr(module, "score_ordered", lambda device: False)
+        alignedkv_compile.reset_report()
+        triton = decode(llama, compiled(), storage)
+        counted = alignedkv_compile.stats()
+    assert alignedkv_compile.report().declined == 0
+    rounding = float((decode(llama, llama.forward, "dynamic") - decode(llama.float(), llama.forward, "dynamic")).abs().max())
+    llama.bfloat16()
+    assert (triton - cpp).abs().max() <= 2 * rounding
+    assert 0 < counted.bytes_read < counted.bytes_full
