@@ -19,8 +19,9 @@ from .. import torch_private
 from ..arena import mark
 from ..break_even import ReadShape
 from ..layout import ArenaLayout
-from ..ops import aligned_read_attention, quantize_on_write
+from ..ops import aligned_read_attention
 from ..own_kernels import compile_alone
+from ..plane_builder import PLANE_BUILDER
 from .crossover import Timing
 from .inputs import query_factor
 
@@ -28,6 +29,9 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 ROUNDS = 9
 LARGEST_CACHE = 384 * 2**20
 """Bytes of K, V and planes at most; longer contexts are left to the trend."""
+TURNS = 4
+"""KV heads that a thread works on in a call, where a model has so many: with one, what a call does for itself would weigh more
+than it does in a model, and the two reads would seem more alike than they are."""
 FLUSH_BYTES = 64 * 2**20
 """What is read to make caches cold where the machine does not say how large its last-level cache is."""
 
@@ -43,15 +47,14 @@ class Accuracy:
 
 
 def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
-    """Time both reads in turns, over one sequence with as many KV heads as threads share a call.
+    """Time both reads in turns, over one sequence.
 
     Args:
         read: on a CPU; its capacity does not matter.
         accuracy: of the aligned read.
     """
-    heads = pairs_at_a_time(read)
-    row = heads * (read.key_dim + read.value_dim) * read.dtype.itemsize
-    contexts = [context for context in CONTEXTS if context * row * 3 // 2 <= LARGEST_CACHE] or [CONTEXTS[0]]
+    heads = heads_of_a_call(read)
+    contexts = [context for context in CONTEXTS if heads * context * _row_bytes(read) <= LARGEST_CACHE] or [CONTEXTS[0]]
     with torch_private.real_tensors():
         generator = torch.Generator().manual_seed(0)
         key, value, direction = (
@@ -59,7 +62,7 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
             for rows, dim in ((contexts[-1], read.key_dim), (contexts[-1], read.value_dim), (read.group, read.key_dim))
         )
         planes = torch.zeros(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, dtype=torch.uint8)
-        quantize_on_write.default(planes, key, value, torch.arange(contexts[-1]), contexts[-1])
+        PLANE_BUILDER.rebuild(planes, key, value, contexts[-1])
         kernel = _compiled(read, accuracy, (_as_heads(direction), key, value, planes))
         scores = direction.float() @ key.float().mT * read.key_dim**-0.5
         flush = torch.ones(_flush_bytes() // 8, dtype=torch.int64)
@@ -70,9 +73,16 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
         return tuple(timings)
 
 
-def pairs_at_a_time(read: ReadShape) -> int:
-    """KV heads that the threads of this process work on together; more of them take their turn."""
-    return max(1, min(read.pairs, torch.get_num_threads()))
+def heads_of_a_call(read: ReadShape) -> int:
+    """KV heads of a timed call: those of the model, up to :data:`TURNS` for each thread as far as the longest context fits."""
+    threads = torch.get_num_threads()
+    fitting = LARGEST_CACHE // (CONTEXTS[-1] * _row_bytes(read))
+    return max(1, min(read.pairs, max(threads, min(TURNS * threads, fitting))))
+
+
+def _row_bytes(read: ReadShape) -> int:
+    """Bytes of a row of K, V and planes, at most."""
+    return (read.key_dim + read.value_dim) * read.dtype.itemsize * 3 // 2
 
 
 def _as_heads(query: torch.Tensor) -> torch.Tensor:

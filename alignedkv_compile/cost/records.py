@@ -19,7 +19,7 @@ from ..break_even import ReadShape
 from ..lowering.isa import chosen_isa
 from ..processor import processor
 from .crossover import Timing, least_context
-from .measure import Accuracy, pairs_at_a_time
+from .measure import Accuracy, heads_of_a_call
 
 _log = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ class Kind:
 
     Attributes:
         dtype: of the cache, without ``torch.``.
-        pairs: KV heads that are read at a time.
+        heads: KV heads of a timed call.
         group, key_dim, value_dim: as in :class:`~alignedkv_compile.break_even.ReadShape`.
         tolerance, unit_roundoff: as in :class:`.measure.Accuracy`.
     """
 
     dtype: str
-    pairs: int
+    heads: int
     group: int
     key_dim: int
     value_dim: int
@@ -47,7 +47,7 @@ class Kind:
         dims = str(self.key_dim) if self.key_dim == self.value_dim else f"{self.key_dim}+{self.value_dim}"
         return (
             f"{self.dtype}, {self.group} query head{'s' if self.group != 1 else ''} per KV head, head dimension {dims}, "
-            f"{self.pairs} at a time, tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
+            f"{self.heads} KV head{'s' if self.heads != 1 else ''} a call, tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
         )
 
 
@@ -55,7 +55,7 @@ def kind_of(read: ReadShape, accuracy: Accuracy) -> Kind:
     """What a read's measurement is kept under."""
     return Kind(
         str(read.dtype).removeprefix("torch."),
-        pairs_at_a_time(read),
+        heads_of_a_call(read),
         read.group,
         read.key_dim,
         read.value_dim,
