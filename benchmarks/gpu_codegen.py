@@ -10,6 +10,7 @@ of it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -168,6 +169,11 @@ def stand_in_for_cuda(device: Device) -> None:
         torch.version.hip = "stand-in"
 
 
+def on_gpu(dtype: torch.dtype, *size: int) -> torch.Tensor:
+    """A tensor of the GPU that is not there."""
+    return torch.empty(*size, dtype=dtype, device="cuda:0")
+
+
 @dataclass(frozen=True)
 class Call:
     """A decode step: shapes of the query and the cache, and the cache's dtype."""
@@ -183,19 +189,16 @@ class Call:
 
     def tensors(self) -> list[torch.Tensor]:
         """Fake CUDA tensors: planes, new K, new V, positions, query, K, V, mask."""
-
-        def empty(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.empty(*size, dtype=dtype, device="cuda:0")
-
+        empty = functools.partial(on_gpu, self.dtype)
         key, value = (empty(1, self.heads, self.context, self.dim) for _ in range(2))
         return [
-            empty(arena_layout(key, value).total, dtype=torch.uint8),
+            on_gpu(torch.uint8, arena_layout(key, value).total),
             *(empty(1, self.heads, 1, self.dim) for _ in range(2)),
-            empty(1, dtype=torch.int64),
+            on_gpu(torch.int64, 1),
             empty(1, self.query_heads, self.queries, self.dim),
             key,
             value,
-            *([empty(1, 1, self.queries, self.context, dtype=torch.bool)] if self.masked else []),
+            *([on_gpu(torch.bool, 1, 1, self.queries, self.context)] if self.masked else []),
         ]
 
     def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -232,16 +235,10 @@ class PackedCall:
     def tensors(self) -> list[torch.Tensor]:
         """Fake CUDA tensors: planes, new K, new V, positions, query."""
 
-        def empty(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.empty(*size, dtype=dtype, device="cuda:0")
-
+        empty = functools.partial(on_gpu, self.dtype)
         layout = ArenaLayout(self.heads, self.context, self.dim, self.dim, STORAGES[self.storage], self.dtype.itemsize)
-        return [
-            empty(layout.total, dtype=torch.uint8),
-            *(empty(1, self.heads, 1, self.dim) for _ in range(2)),
-            empty(1, dtype=torch.int64),
-            empty(1, self.query_heads, self.queries, self.dim),
-        ]
+        row, query = (1, self.heads, 1, self.dim), (1, self.query_heads, self.queries, self.dim)
+        return [on_gpu(torch.uint8, layout.total), empty(*row), empty(*row), on_gpu(torch.int64, 1), empty(*query)]
 
     def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """One layer's write and read."""

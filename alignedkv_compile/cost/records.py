@@ -47,7 +47,8 @@ class Kind:
         dims = str(self.key_dim) if self.key_dim == self.value_dim else f"{self.key_dim}+{self.value_dim}"
         return (
             f"{self.dtype}, {self.group} query head{'s' if self.group != 1 else ''} per KV head, head dimension {dims}, "
-            f"{self.heads} KV head{'s' if self.heads != 1 else ''} a call, tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
+            f"{self.heads} KV head{'s' if self.heads != 1 else ''} a call, "
+            f"tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
         )
 
 

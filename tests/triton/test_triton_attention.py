@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,7 +28,6 @@ from hypothesis import given, target
 from hypothesis import strategies as st
 from strategies import Recipe
 from triton_cases import programs, row_ordered_planes, run_triton
-from triton_interpreter import interpreted
 
 from alignedkv_compile import ops
 from alignedkv_compile.layout import BLOCK_ROWS
@@ -229,14 +227,7 @@ def test_max_autotune_changes_nothing() -> None:
     assert relative_errors(result.output, exact(case)).max() <= 8 * SUM_ERROR
 
 
-@pytest.fixture
-def _one_compilation() -> Iterator[None]:
-    """Rows are symbolic, so that examples share the compiled code; it is dropped where ``interpreted`` ends."""
-    with interpreted():
-        yield
-
-
-@pytest.mark.usefixtures("_one_compilation")
+@pytest.mark.usefixtures("one_compilation")
 @pytest.mark.slow
 @given(
     rows=st.integers(1, 500),

@@ -4,7 +4,7 @@ over the rows that these hold."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -212,14 +212,7 @@ def test_what_has_no_triton_is_called_as_it_is() -> None:
     assert torch.equal(value, case.value)
 
 
-@pytest.fixture
-def _one_compilation() -> Iterator[None]:
-    """Rows are symbolic, so that examples share the compiled code; it is dropped where ``interpreted`` ends."""
-    with interpreted():
-        yield
-
-
-@pytest.mark.usefixtures("_one_compilation")
+@pytest.mark.usefixtures("one_compilation")
 @pytest.mark.slow
 @given(
     storage=st.sampled_from(["8bit", "4bit+"]),
