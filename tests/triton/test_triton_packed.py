@@ -24,7 +24,6 @@ from alignedkv_compile.storage import STORAGES, WINDOW
 QUERY_ERROR = 1e-3
 """What rounding the query to two int8 terms may change in an output, relative to its largest number."""
 
-
 QUERY_ROUNDOFF = 2.0**-14
 """The same of a score, relative to the product of the norms."""
 
