@@ -220,21 +220,13 @@ class Call:
 
 
 @dataclass(frozen=True)
-class PackedCall:
-    """A decode step over an ``alignedkv_compile.Cache``."""
+class PackedCall(Call):
+    """The same over an ``alignedkv_compile.Cache``, without a mask."""
 
-    dim: int
-    storage: str
-    query_heads: int = 32
-    heads: int = 8
-    context: int = 131072
-    queries: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    tolerance: float = 2.0
+    storage: str = "8bit"
 
     def tensors(self) -> list[torch.Tensor]:
         """Fake CUDA tensors: planes, new K, new V, positions, query."""
-
         empty = functools.partial(on_gpu, self.dtype)
         layout = ArenaLayout(self.heads, self.context, self.dim, self.dim, STORAGES[self.storage], self.dtype.itemsize)
         row, query = (1, self.heads, 1, self.dim), (1, self.query_heads, self.queries, self.dim)
@@ -257,7 +249,7 @@ class _CapturedError(Exception):
     """Ends a compilation once the source is there: loading it would need a GPU."""
 
 
-def generate(call: Call | PackedCall) -> str:
+def generate(call: Call) -> str:
     """The module that Inductor writes for ``call``."""
     from unittest.mock import patch
 
@@ -401,12 +393,15 @@ def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype, queries
     stand_in_for_cuda(DEVICES[target])
     compiled = []
     for dim in dims:
-        calls: dict[str, tuple[Call | PackedCall, set[str]]] = {
+        calls: dict[str, tuple[Call, set[str]]] = {
             "": (Call(dim, queries=queries, dtype=dtype, masked=False), {"quantize_on_write", "scan", "finish", "repair"}),
             " masked": (Call(dim, queries=queries, dtype=dtype), {"scan", "finish", "repair"}),
             " at tolerance 0": (Call(dim, queries=queries, dtype=dtype, masked=False, tolerance=0.0), {"stream", "combine"}),
-            " 8bit": (PackedCall(dim, "8bit", queries=queries, dtype=dtype), {"scan", "finish", "repair"}),
-            " 4bit+": (PackedCall(dim, "4bit+", queries=queries, dtype=dtype), {"quantize_on_write", "finish", "repair"}),
+            " 8bit": (PackedCall(dim, queries=queries, dtype=dtype), {"scan", "finish", "repair"}),
+            " 4bit+": (
+                PackedCall(dim, queries=queries, dtype=dtype, storage="4bit+"),
+                {"quantize_on_write", "finish", "repair"},
+            ),
         }
         for suffix, (call, wanted) in calls.items():
             found = [(name, source) for name, source in kernels(generate(call)) if _template_name(source) in wanted]

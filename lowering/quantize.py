@@ -97,7 +97,7 @@ def _arena(key: ir.IRNode, value: ir.IRNode, storage: str) -> ArenaLayout:
 def _lower_quantize(
     planes: ir.TensorBox, key: ir.TensorBox, value: ir.TensorBox, positions: ir.TensorBox, capacity: sympy.Expr
 ) -> None:
-    _lower_write(planes, key, value, positions, capacity, BESIDE.name)
+    _lower_store(planes, key, value, positions, capacity, BESIDE.name)
 
 
 def _lower_store(
@@ -108,23 +108,13 @@ def _lower_store(
     capacity: sympy.Expr,
     storage: str,
 ) -> None:
-    if generates_triton(device_of(planes)) and STORAGES[storage].residual:
+    triton = generates_triton(device_of(planes))
+    if triton and STORAGES[storage].residual:
         _eagerly(ops.store_rows.default)(planes, key, value, positions, capacity, storage)
         return
-    _lower_write(planes, key, value, positions, capacity, storage)
-
-
-def _lower_write(
-    planes: ir.TensorBox,
-    key: ir.TensorBox,
-    value: ir.TensorBox,
-    positions: ir.TensorBox,
-    capacity: sympy.Expr,
-    storage: str,
-) -> None:
     inputs = _inputs(planes, key, value, positions)
     arena = _arena(key, value, storage)
-    if generates_triton(device_of(planes)):
+    if triton:
         from .triton.quantize import lower  # triton need not be installed for CPUs
 
         lower(inputs["planes"], inputs["key"], inputs["value"], inputs["positions"], sympy.sympify(capacity), arena)

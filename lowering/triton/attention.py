@@ -1,4 +1,5 @@
-"""``aligned_read_attention`` as three Triton kernels, scan, finish and repair; all bits as stream and combine.
+"""``aligned_read_attention`` and ``packed_read_attention`` as three Triton kernels, scan, finish and repair; all bits as stream
+and combine.
 
 ``scan`` scores every attended row from the 4-bit plane of K and, by the last program of a (batch, KV head) pair, turns the sums
 over all weights into what every addend is held to. ``finish`` chooses rows by that, reads them and adds them up; the last

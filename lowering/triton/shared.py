@@ -77,10 +77,9 @@ def _formulas() -> str:
 
 @functools.cache
 def shared_functions(storage: Storage) -> str:
-    """Text of ``templates/functions.py.jinja`` for arenas of this storage."""
+    """Text of ``templates/functions.py.jinja`` and ``templates/stream_functions.py.jinja`` for arenas of this storage."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined)
-    text = environment.get_template("functions.py.jinja")
-    return text.render(
-        **print_triton(SHARED), WINDOW=WINDOW, storage=storage, formulas=_formulas(), sections=_section_functions(storage)
-    )
+    values = {"formulas": _formulas(), "sections": _section_functions(storage), "storage": storage, "WINDOW": WINDOW}
+    texts = [environment.get_template(f"{name}.py.jinja") for name in ("functions", "stream_functions")]
+    return "\n\n\n".join(text.render(**print_triton(SHARED), **values) for text in texts)

@@ -11,7 +11,7 @@ from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.cost import measure as measuring
 from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost.inputs import query_factor, spread
-from alignedkv_compile.cost.measure import Accuracy, measure
+from alignedkv_compile.cost.measure import Accuracy, heads_of_a_call, measure
 from alignedkv_compile.cost.records import Records
 
 
@@ -29,6 +29,19 @@ def test_both_reads_are_timed_at_every_context() -> None:
     assert [timing.context for timing in timings] == [256, 1024]
     assert all(timing.aligned_ms > 0 and timing.stream_ms > 0 and timing.ratio > 0 for timing in timings)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_call_has_several_heads_for_each_thread_where_the_model_and_the_memory_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "CONTEXTS", (1024, 32768))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def heads(pairs: int, dim: int) -> int:
+        return heads_of_a_call(ReadShape(torch.device("cpu"), torch.bfloat16, pairs, 1, dim, dim))
+
+    assert [heads(pairs, 128) for pairs in (1, 3, 8, 32)] == [1, 3, 8, 8]
+    assert heads(32, 576) == 3, "of 384 MiB, each head takes 108"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert heads(32, 576) == 16, "one for each thread in any case"
 
 
 def test_queries_spread_over_as_many_rows_as_asked_for() -> None:

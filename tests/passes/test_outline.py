@@ -92,9 +92,11 @@ def free_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_of_many_layers_is_a_call_of_one_region(make_harness) -> None:
-    outline = outline_layers(rewritten(Model([Layer() for _ in range(24)]), make_harness))
+    graph = rewritten(Model([Layer() for _ in range(24)]), make_harness)
+    outline = outline_layers(graph)
     assert outline is not None
     assert [call.region for call in outline.calls] == [0, *[1] * 24, 2]
+    assert sum(len(region.module.graph.nodes) for region in outline.regions) < len(graph.module.graph.nodes) / 2
 
 
 @pytest.mark.usefixtures("free_calls")

@@ -27,7 +27,7 @@ from cases import (
 from hypothesis import given, target
 from hypothesis import strategies as st
 from strategies import Recipe
-from triton_cases import programs, row_ordered_planes, run_triton
+from triton_cases import distort, programs, random_mask, row_ordered_planes, run_triton
 
 from alignedkv_compile import ops
 from alignedkv_compile.layout import BLOCK_ROWS
@@ -242,27 +242,12 @@ def test_any_values(
     rows: int, peak: float, tolerance: float, dtype: torch.dtype, seed: int, mask_rate: float | None, special: str
 ) -> None:
     """Triton and reference agree, and Triton stays within a few budgets of float64 in every single output row."""
-    mask = None
-    if mask_rate is not None:
-        mask = torch.rand(1, 1, 1, rows, generator=torch.Generator().manual_seed(seed)) < mask_rate
-        mask[..., rows // 2] = True
+    mask = random_mask(mask_rate, rows, seed)
     roundoff = 2.0**-11 if dtype == torch.float32 else None
     case = make_case(
         heads=1, rows=rows, peak=peak, seed=seed, mask=mask, tolerance=tolerance, dtype=dtype, unit_roundoff=roundoff
     )
-    exponent = 12 if dtype == torch.float16 else 60
-    if special == "repeated rows":
-        case.key[:] = case.key[:, :, :1]
-        case.value[:] = case.value[:, :, :1]
-    elif special == "sink":
-        case.key[:, :, 0] *= 4
-        case.value[:, :, 0] /= 64
-    elif special == "outlier channel":
-        case.key[..., 3] += 20
-    elif special == "zeros":
-        case.value[:] = 0
-    elif special in {"tiny", "huge"}:
-        case.value.mul_(2.0 ** (exponent if special == "huge" else -exponent))
+    distort(case, special, 12 if dtype == torch.float16 else 60)
     result, expected = run_kernel(case, row_ordered_planes(case)), run_scanned(case, write_planes(case), programs(case))[0]
     if special == "zeros":
         assert not result.output.any()

@@ -12,7 +12,7 @@ import torch
 from cases import Case, added_error_in_rho, exact, keyed_caches, make_case, relative_errors
 from hypothesis import given, target
 from hypothesis import strategies as st
-from triton_cases import to_row_order
+from triton_cases import distort, random_mask, to_row_order
 from triton_interpreter import interpreted
 
 from alignedkv_compile import ops
@@ -226,21 +226,9 @@ def test_any_values(
     storage: str, rows: int, peak: float, tolerance: float, seed: int, mask_rate: float | None, special: str
 ) -> None:
     """Within a few budgets of float64 over the rows that the arena holds, in every single output row."""
-    mask = None
-    if mask_rate is not None:
-        mask = torch.rand(1, 1, 1, rows, generator=torch.Generator().manual_seed(seed)) < mask_rate
-        mask[..., rows // 2] = True
+    mask = random_mask(mask_rate, rows, seed)
     case = make_case(heads=1, rows=rows, peak=peak, seed=seed, mask=mask, tolerance=tolerance)
-    if special == "repeated rows":
-        case.key[:] = case.key[:, :, :1]
-        case.value[:] = case.value[:, :, :1]
-    elif special == "sink":
-        case.key[:, :, 0] *= 4
-        case.value[:, :, 0] /= 64
-    elif special == "outlier channel":
-        case.key[..., 3] += 20
-    elif special in {"tiny", "huge"}:
-        case.value.mul_(2.0 ** (60 if special == "huge" else -60))
+    distort(case, special, 60)
     planes = stored(case, storage)
     rows_held = replace(held(case, planes, storage), unit_roundoff=case.roundoff)
     scores = float((case.query.norm(dim=-1).max() * rows_held.key.norm(dim=-1).max()) * case.factor)

@@ -31,6 +31,31 @@ def run_triton(case: Case, planes: torch.Tensor | None, **config: object) -> Res
         return run_kernel(case, planes)
 
 
+def distort(case: Case, special: str, exponent: int) -> None:
+    """Make K and V of a random case, in place, what ``special`` says; ``exponent`` is that of "tiny" and "huge"."""
+    if special == "repeated rows":
+        case.key[:] = case.key[:, :, :1]
+        case.value[:] = case.value[:, :, :1]
+    elif special == "sink":
+        case.key[:, :, 0] *= 4
+        case.value[:, :, 0] /= 64
+    elif special == "outlier channel":
+        case.key[..., 3] += 20
+    elif special == "zeros":
+        case.value[:] = 0
+    elif special in {"tiny", "huge"}:
+        case.value.mul_(2.0 ** (exponent if special == "huge" else -exponent))
+
+
+def random_mask(rate: float | None, rows: int, seed: int) -> torch.Tensor | None:
+    """bool ``[1, 1, 1, rows]``, True at this rate and in the middle; None where there is no rate."""
+    if rate is None:
+        return None
+    mask = torch.rand(1, 1, 1, rows, generator=torch.Generator().manual_seed(seed)) < rate
+    mask[..., rows // 2] = True
+    return mask
+
+
 def programs(case: Case) -> int:
     """Programs to a pair of the interpreted kernels."""
     return splits(case.key.shape[0] * case.key.shape[1], EMULATED_PROCESSORS)
