@@ -20,7 +20,7 @@ from .layout import (
     ArenaLayout,
     padded_head_dim,
 )
-from .precision import LARGEST_SHIFT, SMALLEST_SUM, STREAM_FRACTION, evaluate, mid_ratios
+from .precision import LARGEST_NORM_RATIO, LARGEST_SHIFT, SMALLEST_SUM, STREAM_FRACTION, evaluate, mid_ratios
 from .reference_head import (
     HeadCall,
     ReadCounts,
@@ -43,28 +43,27 @@ def read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCount
     """The output ``[M, Dv]`` of one KV head; None when everything is to be streamed: cheaper, or the choice was wrong."""
     read = AlignedRead(call, views, head, counts)
     read.score()
-    if read.extreme:
-        return None
-    read.hi_values()
-    read.choose_keys()
-    if read.costs_too_much():
-        return None
-    read.refine_keys()
-    if read.misjudged():
-        return None
+    for attempt in range(2):
+        if not read.choose_rows() or read.costs_too_much():
+            return None
+        read.refine_keys()
+        if read.misjudged():
+            return None
+        if attempt or not read.chooses_again():
+            break
     read.exact_keys()
-    read.correct_values()
+    read.read_values()
     return read.combine()
 
 
 class AlignedRead:
     """What the phases know, in the formulas' terms; ``[T]`` over the cache's rows, ``[M, T]`` with the query rows.
 
-    Each phase is called once, in the order of :func:`read_aligned`.
+    Phases are called in the order of :func:`read_aligned`.
 
     Attributes:
         live: bool ``[T]``: rows that any query row attends to.
-        extreme: norms of V leave the range of squares: every bit must be read.
+        radius, largest: float32 ``[M]``: ``R``, and what it is no more than, as far as known.
         kept: bool ``[T]``: rows of V that are read; block means answer for the others.
         refined, exact: bool ``[T]``: rows of K that are read at 8 bits and in full.
     """
@@ -89,12 +88,14 @@ class AlignedRead:
         positions = torch.arange(self.length, device=call.key.device)
         self.has_mid = views.has_mid(positions)
         self.mid_slots = torch.where(self.has_mid, views.mid_slots(positions), 0)
-        self.has_whole = views.storage.residual or not views.storage.packed
-        if views.storage.packed:  # what both planes leave out is read beside them
+        self.packed = views.storage.packed
+        self.has_whole = views.storage.residual or not self.packed
+        if self.packed:  # what both planes leave out is read beside them
             self.row_key, self.row_value = self.row_key - self.key_dim, self.row_value - self.value_dim
+        self.value_4, self.value_8 = (evaluate("value_coefficient", b=bits, D=self.value_dim) for bits in (4, 8))
 
     def score(self) -> None:
-        """Phase 1: scores from the 4-bit plane, with the query as two int8 terms; weights and their statistics."""
+        """Phase 1: scores from the 4-bit plane, with the query as two int8 terms; weights, and how far V points one way."""
         call = self.call
         mixed = hadamard(call.query)
         self.query = Int8Query.rounded(mixed)
@@ -102,58 +103,49 @@ class AlignedRead:
         self.raw = self.query.hi_scores(hi, self.offset, self.key_scale, call.scale)
         if bool(self.special_keys.any()):
             self.raw[:, self.special_keys] = call.query @ call.key[self.special_keys].float().T * call.scale
-        self.scores = masked_scores(call, self.raw)
-        self.weights = masked_softmax(call, self.scores)
-        self.norm = mixed.norm(dim=-1) * call.scale
+        self.hi_scores = masked_scores(call, self.raw)
+        self.hi_weights = masked_softmax(call, self.hi_scores)
+        self.norm = mixed.norm(dim=-1) * abs(call.scale)
         self.rms_value = float((self.value_norm.square().sum() / self.live_rows).sqrt())
-        self.extreme = not norms_in_range(call, self.rms_value, self.weights)
-        self.output_norm = (self.weights * self.value_norm).square().sum(-1).sqrt()
-
-    def hi_values(self) -> None:
-        """Phase 2: V rows above tau at 4 bits, block means for the rest: the output's norm."""
-        call, weights = self.call, self.weights
-        kept = ~self.skippable & self.live
-        skip_errors = weights * self.value_norm.clamp_min(self.rms_value)
-        for row in range(weights.shape[0]):
-            _, allowed, first = self._limits(row)
-            kept |= skip_errors[row] > evaluate(
-                "skip_threshold",
-                B=allowed,
-                P_v=float(weights[row] @ self.value_norm),
-                theta_4=first / self.mid_value,
-                **self._common(),
-            )
-        self.kept = (kept & self.live) | self.special_values
-        value_hi = unpack_row_order(self.views.value_hi[self.head, : self.length])[:, : self.value_dim]
-        values = dequantize(value_hi, self.value_scale, self.offset)
-        self.value_hi = torch.where(self.special_values[:, None], call.value.float(), values)
-        at_4 = weights[:, self.kept] @ self.value_hi[self.kept] + skipped_output(weights, self.kept, self.means)
-        at_4 = torch.where(torch.isfinite(at_4), at_4, 0.0)  # a NaN in V spoils its own element, not the thresholds
-        self.output_norm = torch.maximum(self.output_norm, at_4.norm(dim=-1))
-        blocks_used = _groups(self.skippable & ~self.kept, BLOCK_ROWS)
+        weighted = self.hi_weights * self.value_norm
+        blocks = self.means.shape[0]
+        mass = torch.nn.functional.pad(weighted * self.skippable, (0, blocks * BLOCK_ROWS - self.length))
+        along = (mass.view(-1, blocks, BLOCK_ROWS).sum(-1) @ self.means).norm(dim=-1) / self.rms_value
+        self.coherence = torch.where(torch.isfinite(along), along, 0.0)
+        self.largest = torch.full_like(self.coherence, math.inf)
         groups_scored = _groups(self.live, SCORE_GROUP)
+        blocks_read = int(self.skippable.sum()) // BLOCK_ROWS
         self.counts.bytes_read += groups_scored * SCORE_GROUP * (self.plane_key + SCALES_BYTES)
-        self.counts.bytes_read += blocks_used * (4 + 4 * self.value_dim) + int(self.kept.sum()) * self.plane_value
-        self.counts.value_rows_hi += int(self.kept.sum())
+        self.counts.bytes_read += blocks_read * (4 + 4 * self.value_dim)
+        self.counts.key_rows_full += int(self.special_keys.sum())
+        self.counts.bytes_read += int(self.special_keys.sum()) * self.row_key
 
-    def choose_keys(self) -> None:
-        """Phase 3: the output's norm gives theta; the K rows above it, and a prediction of what will be read."""
-        weights = self.weights
-        self.spread = (self.value_norm.square() + self.output_norm[:, None].square()).sqrt()
-        self.value_4, self.value_8 = (evaluate("value_coefficient", b=bits, **self._common()) for bits in (4, 8))
+    def choose_rows(self) -> bool:
+        """Phases 2 and 3: what every addend is held to, and the rows that deserve to be read. False where norms of V leave the
+        range of squares: every bit must be read."""
+        weights = self.hi_weights
+        if not norms_in_range(self.call, self.rms_value, weights):
+            return False
+        alone = torch.minimum(self._radius(weights), self.largest)
+        self.radius = torch.minimum(self._radius(weights, self.coherence), self.largest)
+        limits = zip(*(self._limits(row, float(norm)) for row, norm in enumerate(self.radius)), strict=True)
+        self.addend_sums, self.budgets, self.thresholds = (list(numbers) for numbers in limits)
+        theta = self._column(self.thresholds)
+        tau = self._column([self._skip_threshold(row, float(norm)) for row, norm in enumerate(alone)])
+        self.spread = (self.value_norm.square() + self.radius[:, None].square()).sqrt()
         key_4, self.key_8 = (
             self._column([evaluate("key_coefficient", b=bits, q=q) for q in self.norm.tolist()]) for bits in (4, 8)
         )
-        limits = zip(*map(self._limits, range(len(weights))), strict=True)
-        self.addend_sums, self.budgets, self.thresholds = (list(numbers) for numbers in limits)
-        theta = self._column(self.thresholds)
-        self.key_errors = weights * self.spread * weight_error(self.finite_key * key_4)
-        self.refined = (self.key_errors * self.mid_key > theta).any(0) & ~self.special_keys & self.has_mid
+        errors = weights * self.spread * weight_error(self.finite_key * key_4)
+        self.refined = self.live & (errors * self.mid_key > theta).any(0) & self.has_mid
+        chosen = (weights * self.value_norm.clamp_min(self.rms_value) > tau).any(0)
+        self.kept = self.live & (self.refined | ~self.skippable | self.special_values | chosen)
+        self.left = errors[:, ~self.refined].square().sum(-1).tolist()
         value_addend = weights * self.finite_value
         self.predicted_bytes = evaluate(
             "predicted_bytes",
             rows_K8=int(self.refined.sum()),
-            rows_K=int((self.refined & self._deserves_full_key(theta)).sum()),
+            rows_K=int((self.refined & self._deserves_full_key(weights, theta)).sum()),
             rows_V4=int(self.kept.sum()),
             rows_V8=int((self.kept & (value_addend * self.value_4 * self.mid_value > theta).any(0)).sum()),
             rows_V=int((self.kept & (value_addend * self.value_8 > theta).any(0)).sum()),
@@ -162,71 +154,90 @@ class AlignedRead:
             plane_K=self.plane_key,
             plane_V=self.plane_value,
         )
+        return True
 
     def costs_too_much(self) -> bool:
         """After phase 3: does reading everything cost less? A cache that has to be decoded is never read so."""
-        return not self.views.storage.packed and self.predicted_bytes > float(STREAM_FRACTION) * self.row_bytes
+        return not self.packed and self.predicted_bytes > float(STREAM_FRACTION) * self.row_bytes
 
     def refine_keys(self) -> None:
-        """Phase 4: the mid plane of the chosen K rows, which adds to scores as they were before the cap."""
+        """Phase 4: the mid plane of the chosen K rows, which adds to scores as they were before the cap. What the others have
+        spent lowers theta."""
         call = self.call
         mid = unpack_row_order(self.views.key_mid[self.head, self.mid_slots])[:, : self.key_dim].float()
         finer = masked_scores(call, self.raw + self.query.mid_scores(mid, self.key_scale, call.scale))
-        self.hi_scores, self.scores = self.scores, torch.where(self.refined, finer, self.scores)
+        self.scores = torch.where(self.refined, finer, self.hi_scores)
+        self.weights = masked_softmax(call, self.scores)
+        for row, left in enumerate(self.left):
+            remaining = evaluate("remaining_budget", B=self.budgets[row], left=left)
+            self.thresholds[row] = evaluate("threshold", B=remaining, E=self.addend_sums[row], **self._common())
         self.counts.bytes_read += int(self.refined.sum()) * self.plane_key
         self.counts.key_rows_mid += int(self.refined.sum())
 
     def misjudged(self) -> bool:
         """After phase 4: were the weights that chose the rows wrong?"""
         before, now = (with_sinks(self.call, scores).logsumexp(-1) for scores in (self.hi_scores, self.scores))
+        self.shrunk = (before - now).exp()
         return bool(((now - before).abs() > math.log(LARGEST_SHIFT)).any())
 
+    def chooses_again(self) -> bool:
+        """After phase 4: are the rows to be chosen again, since ``R`` was much too large?"""
+        found = self._radius(self.weights, self.coherence * self.shrunk)
+        self.largest = torch.fmin(self.largest, found)
+        return bool((found * LARGEST_NORM_RATIO < self.radius).any())
+
     def exact_keys(self) -> None:
-        """Phase 5: what the rows left at 4 bits have spent lowers theta; K rows still above it are read in full."""
+        """Phase 5: K rows still above theta are read in full."""
         call = self.call
-        self.weights = masked_softmax(call, self.scores)
-        for row in range(len(self.weights)):
-            errors = self.key_errors[row]
-            left = float(errors[errors * self.mid_key <= self.thresholds[row]].square().sum())
-            remaining = evaluate("remaining_budget", B=self.budgets[row], left=left)
-            self.thresholds[row] = evaluate("threshold", B=remaining, E=self.addend_sums[row], **self._common())
-        self.exact = self.refined & self._deserves_full_key(self._column(self.thresholds))
+        self.exact = self.refined & self._deserves_full_key(self.weights, self._column(self.thresholds))
         products = call.query @ torch.where(self.exact[:, None], call.key.float(), 0.0).T * call.scale
         self.scores = torch.where(self.exact, masked_scores(call, products), self.scores)
         self.weights = masked_softmax(call, self.scores)
-        in_full = int((self.exact | self.special_keys).sum())
-        self.counts.key_rows_full += in_full
-        self.counts.bytes_read += in_full * self.row_key
+        self.counts.key_rows_full += int(self.exact.sum())
+        self.counts.bytes_read += int(self.exact.sum()) * self.row_key
 
-    def correct_values(self) -> None:
-        """Phase 6: V rows above theta among those kept, at 8 bits or in full."""
+    def read_values(self) -> None:
+        """Phase 6: the V rows kept, at 4 bits, 8, or in full."""
         theta, value_addend = self._column(self.thresholds), self.weights * self.finite_value
-        mid_values = self.kept & (value_addend * self.value_4 * self.mid_value > theta).any(0) & ~self.special_values
-        mid_values &= self.has_mid
-        exact_values = mid_values & (value_addend * self.value_8 > theta).any(0) & self.has_whole
+        mid = self.kept & (value_addend * self.value_4 * self.mid_value > theta).any(0) & self.has_mid & ~self.special_values
+        whole = mid & (value_addend * self.value_8 > theta).any(0) & self.has_whole
+        value_hi = unpack_row_order(self.views.value_hi[self.head, : self.length])[:, : self.value_dim]
+        values = dequantize(value_hi, self.value_scale, self.offset)
         nibbles = unpack_row_order(self.views.value_mid[self.head, self.mid_slots])[:, : self.value_dim].float()
-        both = self.value_hi + (nibbles - NIBBLE_CENTER) * (self.value_scale[:, None] * (MID_STEP / CODE_RANGE))
-        self.values = torch.where(mid_values[:, None], both, self.value_hi)
-        self.values = torch.where(exact_values[:, None], self.call.value.float(), self.values)
-        in_full = int((exact_values | self.special_values).sum())
-        self.counts.value_rows_mid += int(mid_values.sum())
+        both = values + (nibbles - NIBBLE_CENTER) * (self.value_scale[:, None] * (MID_STEP / CODE_RANGE))
+        values = torch.where(mid[:, None], both, values)
+        whole |= self.special_values
+        self.values = torch.where(whole[:, None], self.call.value.float(), values)
+        kept, in_full, at_8 = int(self.kept.sum()), int(whole.sum()), int((mid | whole).sum())
+        self.counts.value_rows_hi += kept
+        self.counts.value_rows_mid += at_8
         self.counts.value_rows_full += in_full
-        self.counts.bytes_read += int(mid_values.sum()) * self.plane_value + in_full * self.row_value
+        in_planes = kept + at_8 - (0 if self.packed else 2 * in_full)
+        self.counts.bytes_read += in_planes * self.plane_value + in_full * self.row_value
 
-    def combine(self) -> torch.Tensor:
-        """Phase 7: the sum, in which block means answer for the rows not read."""
+    def combine(self) -> torch.Tensor | None:
+        """Phase 7: the sum, in which block means answer for the rows not read; None where it is much smaller than ``R``."""
         weights, kept, attended = self.weights, self.kept, self.call.attended
-        self.counts.rows += self.live_rows
-        self.counts.bytes_full += self.row_bytes
         if bool(self.special_values.any()):  # 0 * Inf must not reach query rows that are masked from the row
             read = torch.stack([w[kept & a] @ self.values[kept & a] for w, a in zip(weights, attended, strict=True)])
         else:
             read = weights[:, kept] @ self.values[kept]
-        return read + skipped_output(weights, kept, self.means)
+        output = read + skipped_output(weights, kept, self.means)
+        norm = output.norm(dim=-1)
+        if bool((torch.isfinite(norm) & (norm * LARGEST_NORM_RATIO < self.radius)).any()):
+            return None
+        self.counts.rows += self.live_rows
+        self.counts.bytes_full += self.row_bytes
+        return output
 
-    def _limits(self, row: int) -> tuple[float, float, float]:
-        """``E``, ``B`` and ``theta`` of a query row, from what is known of its output's norm."""
-        weights, radius = self.weights[row], float(self.output_norm[row])
+    def _radius(self, weights: torch.Tensor, coherence: torch.Tensor | None = None) -> torch.Tensor:
+        """``R [M]`` as far as ``weights`` tell: if rows of V were independent, or pointed where their blocks' means do."""
+        alone = (weights * self.value_norm).square().sum(-1).sqrt()
+        return alone if coherence is None else torch.maximum(alone, coherence)
+
+    def _limits(self, row: int, radius: float) -> tuple[float, float, float]:
+        """``E``, ``B`` and ``theta`` of a query row, for ``R``."""
+        weights = self.hi_weights[row]
         addends = evaluate(
             "addend_sum",
             q=float(self.norm[row]),
@@ -240,6 +251,12 @@ class AlignedRead:
         allowed = evaluate("budget", R=radius, **self._common())
         return addends, allowed, evaluate("threshold", B=allowed, E=addends, **self._common())
 
+    def _skip_threshold(self, row: int, radius: float) -> float:
+        """``tau`` of a query row, for ``R``."""
+        _, allowed, theta = self._limits(row, radius)
+        weighted = float(self.hi_weights[row] @ self.value_norm)
+        return evaluate("skip_threshold", B=allowed, P_v=weighted, theta_4=theta / self.mid_value, **self._common())
+
     def _common(self) -> dict[str, float]:
         return {
             "alpha": self.call.tolerance,
@@ -249,9 +266,9 @@ class AlignedRead:
             "D": self.value_dim,
         }
 
-    def _deserves_full_key(self, theta: torch.Tensor) -> torch.Tensor:
+    def _deserves_full_key(self, weights: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         """bool ``[T]``: rows of K whose addend at 8 bits is above ``theta [M, 1]``, where more bits are held."""
-        return (self.weights * self.finite_key * self.spread * self.key_8 > theta).any(0) & self.has_whole
+        return (weights * self.finite_key * self.spread * self.key_8 > theta).any(0) & self.has_whole
 
     def _column(self, numbers: list[float]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=self.call.key.device)[:, None]

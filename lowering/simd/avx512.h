@@ -57,19 +57,19 @@ inline double Wide::sum() const { return _mm512_reduce_add_pd((__m512d)(low + hi
 
 template <int MT, int RUNS>
 static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][2], int32_t (*out)[GROUP]) {
-  __m512i acc[MT];
-  for (int i = 0; i < MT; ++i) acc[i] = _mm512_setzero_si512();
+  __m512i lower[MT], upper[MT];
+  for (int i = 0; i < MT; ++i) lower[i] = upper[i] = _mm512_setzero_si512();
   const __m512i nibble = _mm512_set1_epi8(15);
   #pragma GCC unroll 16
   for (int r = 0; r < RUNS; ++r) {
     const __m512i x = _mm512_loadu_si512((const void*)(plane + r * 64));
     const __m512i low = _mm512_and_si512(x, nibble), high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
     for (int i = 0; i < MT; ++i) {
-      acc[i] = _mm512_dpbusd_epi32(acc[i], low, _mm512_set1_epi32(query[i][r][0]));
-      acc[i] = _mm512_dpbusd_epi32(acc[i], high, _mm512_set1_epi32(query[i][r][1]));
+      lower[i] = _mm512_dpbusd_epi32(lower[i], low, _mm512_set1_epi32(query[i][r][0]));
+      upper[i] = _mm512_dpbusd_epi32(upper[i], high, _mm512_set1_epi32(query[i][r][1]));
     }
   }
-  for (int i = 0; i < MT; ++i) _mm512_storeu_si512((void*)out[i], acc[i]);
+  for (int i = 0; i < MT; ++i) store(out[i], (vi)lower[i] + (vi)upper[i]);
 }
 
 template <int MT, int BYTES, int CHUNKS>

@@ -106,10 +106,10 @@ MISREAD = [(4.0, 0.3), (24.0, 6.0), (33.0, 0.3), (33.0, 6.0), (60.0, 2.0), (200.
 """Arguments of :func:`misread_case`: 4 bits read scores from 15 to 800 away from the truth, which is 1 to 200."""
 
 
-def misread_case(strength: float, score: float, *, above: bool = False) -> Case:
+def misread_case(strength: float, score: float, *, above: bool = False, rows: int = 40, tolerance: float = 64.0) -> Case:
     """One row of K with about ``strength * score`` among zeros, each of whose mixed elements is read at 4 bits as far below its
     value, or ``above``, as can be, times the same number of the mixed query."""
-    dim, rows, place = 64, 40, 20
+    dim, place = 64, 20
     dither = place * 0.6180339887498949 % 1 - 0.5
     mixed = torch.full((dim,), ((0.02 if above else 0.98) - dither) / 8)  # at the edge of a code; the row's scale is 1
     mixed[0] = 15 / 16
@@ -119,7 +119,7 @@ def misread_case(strength: float, score: float, *, above: bool = False) -> Case:
     key[0, 0, place] = hadamard(mixed)  # its own inverse
     value = torch.randn(1, 1, rows, dim, generator=torch.Generator().manual_seed(0))
     query = hadamard(torch.full((1, 1, 1, dim), strength))
-    return Case(query=query, key=key, value=value, unit_roundoff=2.0**-8, tolerance=64.0, scale=1.0)
+    return Case(query=query, key=key, value=value, unit_roundoff=2.0**-8, tolerance=tolerance, scale=1.0)
 
 
 def hard_rows(case: Case) -> None:
