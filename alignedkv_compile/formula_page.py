@@ -146,7 +146,7 @@ def render() -> str:
         ("term ratio", "step of the query's first int8 term over that of its second", TERM_RATIO),
         ("stream fraction", "above this share of the cache's bytes, the cache is streamed", STREAM_FRACTION),
         ("largest shift", "change of a sum of weights by K's mid planes beyond which the cache is streamed", LARGEST_SHIFT),
-        ("largest norm ratio", "R over the norm found, beyond which rows are chosen again or the cache is streamed", LARGEST_NORM_RATIO),
+        ("largest norm ratio", "R over the norm found, beyond which rows are chosen again or streamed", LARGEST_NORM_RATIO),
         ("norm range", "rms norm of V outside of which the cache is streamed", NORM_RANGE),
     )
     lines += ["", "## Constants", "", "| name | meaning | value |", "|---|---|---|"]
