@@ -65,8 +65,8 @@ heads of peaked attention whose promise is kept anyway."""
 
 LARGEST_NORM_RATIO = 2
 """Factor by which the output may turn out smaller than its norm ``R``, which is estimated before V is read. Beyond it the
-thresholds were too large by more than that: where weights at 8 bits show it, CPUs choose rows again, and where the output does,
-the cache is streamed. Chosen, not derived."""
+thresholds were too large by more than that, and CPUs choose rows once more; a second time, and on GPUs, the cache is streamed.
+Chosen, not derived."""
 
 SMALLEST_SUM = 1e-30
 """Sums that something is divided by (of errors, of weights) count as no less, and weights below it as none: V's norms are above

@@ -49,11 +49,14 @@ def read_aligned(call: HeadCall, views: ArenaViews, head: int, counts: ReadCount
         read.refine_keys()
         if read.misjudged():
             return None
-        if attempt or not read.chooses_again():
-            break
-    read.exact_keys()
-    read.read_values()
-    return read.combine()
+        if read.radius_shrinks() and not attempt:
+            continue
+        read.exact_keys()
+        read.read_values()
+        output = read.combine()
+        if output is not None:
+            return output
+    return None
 
 
 class AlignedRead:
@@ -180,9 +183,11 @@ class AlignedRead:
         self.shrunk = (before - now).exp()
         return bool(((now - before).abs() > math.log(LARGEST_SHIFT)).any())
 
-    def chooses_again(self) -> bool:
-        """After phase 4: are the rows to be chosen again, since ``R`` was much too large?"""
-        found = self._radius(self.weights, self.coherence * self.shrunk)
+    def radius_shrinks(self) -> bool:
+        """After phase 4: is ``R``, by the better weights, less than half of what chose the rows?"""
+        return self._shrinks_to(self._radius(self.weights, self.coherence * self.shrunk))
+
+    def _shrinks_to(self, found: torch.Tensor) -> bool:
         self.largest = torch.fmin(self.largest, found)
         return bool((found * LARGEST_NORM_RATIO < self.radius).any())
 
@@ -216,7 +221,7 @@ class AlignedRead:
         self.counts.bytes_read += in_planes * self.plane_value + in_full * self.row_value
 
     def combine(self) -> torch.Tensor | None:
-        """Phase 7: the sum, in which block means answer for the rows not read; None where it is much smaller than ``R``."""
+        """Phase 7: the sum, in which block means answer for the rows not read; None where it is less than half of ``R`` long."""
         weights, kept, attended = self.weights, self.kept, self.call.attended
         if bool(self.special_values.any()):  # 0 * Inf must not reach query rows that are masked from the row
             read = torch.stack([w[kept & a] @ self.values[kept & a] for w, a in zip(weights, attended, strict=True)])
@@ -224,7 +229,7 @@ class AlignedRead:
             read = weights[:, kept] @ self.values[kept]
         output = read + skipped_output(weights, kept, self.means)
         norm = output.norm(dim=-1)
-        if bool((torch.isfinite(norm) & (norm * LARGEST_NORM_RATIO < self.radius)).any()):
+        if self._shrinks_to(torch.where(torch.isfinite(norm), norm, math.inf)):
             return None
         self.counts.rows += self.live_rows
         self.counts.bytes_full += self.row_bytes

@@ -44,8 +44,8 @@ def on_heads(case: Case, heads: int) -> Case:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
-@pytest.mark.parametrize(("strength", "score"), [(0.8, 4.0), (0.6, 6.0)])
-def test_rows_are_chosen_again_where_finer_keys_show_it(
+@pytest.mark.parametrize(("strength", "score"), [(0.8, 4.0), (0.6, 6.0), (0.6, 3.0)], ids=["keys", "keys, mildly", "output"])
+def test_rows_are_chosen_again_where_finer_keys_or_the_output_show_it(
     isa: str, estimates: list[float], strength: float, score: float, heads: int
 ) -> None:
     """One row of K is read at 4 bits as far above its value as can be; with its weight, ``R`` is too large."""
@@ -55,29 +55,25 @@ def test_rows_are_chosen_again_where_finer_keys_show_it(
     first, second = estimates[:2]
     assert estimates == [first, second] * heads
     assert second * LARGEST_NORM_RATIO < first
-    assert second * LARGEST_NORM_RATIO > float(expected.output[0, 0].norm())
     kernel = run_kernel(case, planes)
     assert kernel.counts == expected.counts
-    assert kernel.counts["value_rows_full"] < kernel.counts["rows"]
+    assert kernel.counts["key_rows_full"] < kernel.counts["rows"]
     assert added_error_in_rho(case, kernel.output).max() <= case.tolerance
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(("strength", "score", "choices"), [(0.6, 3.0, 1), (0.8, 5.0, 2)])
-def test_an_output_far_below_the_estimate_has_the_cache_streamed(
-    isa: str, estimates: list[float], strength: float, score: float, choices: int, heads: int
-) -> None:
-    case = on_heads(misread_case(strength, score, above=True, rows=512, tolerance=2.0), heads)
+def test_an_output_far_below_the_second_estimate_has_the_cache_streamed(isa: str, estimates: list[float], heads: int) -> None:
+    case = on_heads(misread_case(0.8, 5.0, above=True, rows=512, tolerance=2.0), heads)
     planes = write_planes(case)
     expected = run_reference(case, planes)
-    assert len(estimates) == choices * heads
+    assert len(estimates) == 2 * heads
     kernel = run_kernel(case, planes)
     assert kernel.counts == expected.counts
     assert kernel.counts["bytes_read"] > kernel.counts["bytes_full"]
     assert relative_errors(kernel.output, exact(case)).max() < 1e-5
 
 
-def test_rows_of_v_that_cancel_are_streamed(isa: str) -> None:
+def test_rows_of_v_that_cancel_are_read_in_full(isa: str) -> None:
     """Flat attention over rows that come with their opposites: next to nothing is left of what they are one by one."""
     case = make_case(heads=3, group=2, rows=1024, peak=0.0)
     half = case.value[:, :, :512]
@@ -85,5 +81,5 @@ def test_rows_of_v_that_cancel_are_streamed(isa: str) -> None:
     planes = write_planes(case)
     kernel, expected = run_kernel(case, planes), run_reference(case, planes)
     assert kernel.counts == expected.counts
-    assert kernel.counts["key_rows_full"] >= kernel.counts["rows"]
+    assert kernel.counts["value_rows_full"] >= kernel.counts["rows"]
     torch.testing.assert_close(kernel.output.double(), exact(case), rtol=0, atol=1e-6)
