@@ -221,7 +221,7 @@ class AlignedRead:
         self.counts.bytes_read += in_planes * self.plane_value + in_full * self.row_value
 
     def combine(self) -> torch.Tensor | None:
-        """Phase 7: the sum, in which block means answer for the rows not read; None where it is less than half of ``R`` long."""
+        """Phase 7: the sum, in which block means answer for rows not read; None where it is less than half of ``R`` long."""
         weights, kept, attended = self.weights, self.kept, self.call.attended
         if bool(self.special_values.any()):  # 0 * Inf must not reach query rows that are masked from the row
             read = torch.stack([w[kept & a] @ self.values[kept & a] for w, a in zip(weights, attended, strict=True)])
