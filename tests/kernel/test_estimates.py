@@ -73,13 +73,15 @@ def test_an_output_far_below_the_second_estimate_has_the_cache_streamed(isa: str
     assert relative_errors(kernel.output, exact(case)).max() < 1e-5
 
 
-def test_rows_of_v_that_cancel_are_read_in_full(isa: str) -> None:
+def test_rows_of_v_that_cancel_are_read_in_full(isa: str, estimates: list[float]) -> None:
     """Flat attention over rows that come with their opposites: next to nothing is left of what they are one by one."""
     case = make_case(heads=3, group=2, rows=1024, peak=0.0)
     half = case.value[:, :, :512]
     case = replace(case, value=torch.stack([half, -half], 3).flatten(2, 3))
     planes = write_planes(case)
     kernel, expected = run_kernel(case, planes), run_reference(case, planes)
+    assert len(estimates) == 2 * 3
+    assert all(second * LARGEST_NORM_RATIO < first for first, second in zip(estimates[::2], estimates[1::2], strict=True))
     assert kernel.counts == expected.counts
     assert kernel.counts["value_rows_full"] >= kernel.counts["rows"]
     torch.testing.assert_close(kernel.output.double(), exact(case), rtol=0, atol=1e-6)
