@@ -24,12 +24,14 @@ class Target:
         headers: files of ``simd/``, which together define what ``simd/portable.h`` describes.
         capabilities: what ``torch.cpu.get_capabilities`` must say of a machine that runs it.
         include: the compiler's header for its intrinsics.
+        tiled: whether it multiplies matrix tiles (``simd/amx.h``).
     """
 
     lanes: int
     headers: tuple[str, ...]
     capabilities: tuple[str, ...] = ()
     include: str = ""
+    tiled: bool = False
 
     def text(self) -> str:
         """Its C++."""
@@ -37,10 +39,13 @@ class Target:
         return "\n".join((folder / name).read_text() for name in self.headers)
 
 
+_AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
+
 TARGETS: Mapping[str, Target] = {
-    "avx512": Target(
-        16, ("avx512.h",), ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"), include="immintrin.h"
+    "amx": Target(
+        16, ("avx512.h", "amx.h"), (*_AVX512, "amx_tile", "amx_int8", "amx_bf16"), include="immintrin.h", tiled=True
     ),
+    "avx512": Target(16, ("avx512.h",), _AVX512, include="immintrin.h"),
     "avx2": Target(8, ("avx2.h", "narrow.h"), ("avx2", "fma3"), include="immintrin.h"),
     "portable": Target(8, ("portable.h", "narrow.h")),
 }

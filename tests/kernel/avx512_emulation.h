@@ -93,6 +93,12 @@ static inline __m256i cvtepi32_epi16(__m512i a) {
   std::memcpy(&r, h, 32);
   return r;
 }
+static inline __m512 i32gather_ps(__m512i places, const float* p, int scale) {
+  auto x = split<int32_t>(places);
+  Lanes<float> r;
+  for (int i = 0; i < 16; ++i) std::memcpy(&r.lane[i], (const char*)p + (int64_t)x.lane[i] * scale, 4);
+  return join<__m512>(r);
+}
 static inline __m512i broadcast_i32x4(__m128i a) {
   char r[64];
   for (int i = 0; i < 4; ++i) std::memcpy(r + 16 * i, &a, 16);
@@ -147,6 +153,7 @@ static inline double reduce_add_pd(__m512d a) {
 }
 }  // namespace emulated
 #define _mm512_fmadd_ps emulated::fmadd_ps
+#define _mm512_i32gather_ps emulated::i32gather_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_movepi32_mask emulated::movepi32_mask

@@ -13,7 +13,7 @@ import torch
 
 from alignedkv_compile import arena, lowering, ops, precision, reference_query
 from alignedkv_compile.layout import arena_layout
-from alignedkv_compile.lowering.isa import machine_isa
+from alignedkv_compile.lowering.isa import CHOICES, machine_isa
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.own_kernels import post_grad_pass
 from alignedkv_compile.reference_head import hadamard
@@ -29,8 +29,8 @@ FLIP_BUDGET = 0.25
 """Two paths may disagree on rows that sit on a threshold. Each such row moves the output by at most theta, which is far below
 the whole budget alpha * rho: a quarter of it allows for several."""
 
-NATIVE_ISAS = {"avx512": ("avx512", "avx2", "portable"), "avx2": ("avx2", "portable"), "portable": ("portable",)}[machine_isa()]
-"""Instruction sets that this machine runs; AVX-512 is emulated where it is missing."""
+NATIVE_ISAS = CHOICES[CHOICES.index(machine_isa()) :]
+"""Instruction sets that this machine runs; AVX-512 and AMX are emulated where they are missing."""
 
 
 @dataclass(frozen=True)

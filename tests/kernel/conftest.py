@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from alignedkv_compile import lowering
 from alignedkv_compile.lowering.cpp_kernel import Template
 from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE
 
-EMULATION = Path(__file__).parent / "avx512_emulation.h"
+EMULATIONS = {name: Path(__file__).parent / f"{name}_emulation.h" for name in ("avx512", "amx")}
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+"""Of most tests. AMX differs in one way of streaming, which test_tiles.py is about."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,21 +34,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 seen.append(chosen)
             place = seen.index(chosen)
             turn = INSTRUCTION_SETS[place % len(INSTRUCTION_SETS)]
-            if isa != (turn if turn in NATIVE_ISAS or not place else NATIVE_ISAS[0]):
+            best = next(name for name in INSTRUCTION_SETS if name in NATIVE_ISAS)
+            if isa != (turn if turn in NATIVE_ISAS or not place else best):
                 item.add_marker(pytest.mark.slow)
+
+
+@contextmanager
+def _kernels_for(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
+    if name not in NATIVE_ISAS:
+        needed = ("avx512", "amx") if name == "amx" else (name,)
+        missing = [EMULATIONS[part] for part in needed if part in EMULATIONS and part not in NATIVE_ISAS]
+        if not missing:
+            pytest.skip(f"this machine has no {name}, and nothing here emulates it")
+        native, native_hash = Template.includes, lowering.source_hash
+        text = "".join(path.read_text() for path in missing)
+        monkeypatch.setattr(Template, "includes", lambda self: native(self) + text)
+        monkeypatch.setattr(lowering, "source_hash", lambda: native_hash() + text.encode())
+    torch._dynamo.reset()
+    yield name
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernels are generated for this instruction set; AVX-512 is emulated on a machine without it."""
-    name: str = request.param
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
-    if name not in NATIVE_ISAS:
-        if name != "avx512":
-            pytest.skip(f"this machine has no {name}, and nothing here emulates it")
-        native, native_hash = Template.includes, lowering.source_hash
-        monkeypatch.setattr(Template, "includes", lambda self: native(self) + EMULATION.read_text())
-        monkeypatch.setattr(lowering, "source_hash", lambda: native_hash() + EMULATION.read_bytes())
-    torch._dynamo.reset()
-    yield name
-    torch._dynamo.reset()
+    with _kernels_for(request.param, monkeypatch) as name:
+        yield name
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels are generated for AMX, which is emulated on a machine without it."""
+    with _kernels_for("amx", monkeypatch) as name:
+        yield name
