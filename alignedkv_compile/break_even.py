@@ -21,9 +21,9 @@ LEAST_CONTEXT = 512
 NEVER = 2**31 - 1
 """A context that no cache reaches: reading every bit is the faster read at any."""
 
-MOST_QUERY_ROWS = 4
-"""New tokens up to which the read of few bits is the faster one on a CPU, group by group of query heads: its time grows with
-them, that of stock attention hardly does (``make bench-rows``: at 5 rows between 0.92 and 1.25 times as fast)."""
+MOST_ALIGNED_QUERY_ROWS = 4
+"""New tokens up to which a read of few bits may be faster than one of every bit on a CPU: its time grows with the tokens, most of
+all where query heads share a KV head, that of the other hardly does (``make bench-rows``)."""
 
 ROWS_PER_PROCESSOR = 1024
 """An estimate until ``make sweep-gpu`` has measured it. On an H200 (132 multiprocessors) prototypes of the two reads took 66
@@ -39,9 +39,10 @@ class ReadShape:
         device: of the cache.
         dtype: of its numbers.
         pairs: KV heads times batch of the call.
-        group: query heads per KV head; several query rows are taken to gain as one does.
+        group: query heads per KV head.
         key_dim, value_dim: head dimensions of K and V.
         capacity: rows that the cache can hold, None where that is open.
+        query_rows: new tokens of the call.
     """
 
     device: torch.device
@@ -51,6 +52,12 @@ class ReadShape:
     key_dim: int
     value_dim: int
     capacity: int | None = None
+    query_rows: int = 1
+
+    @property
+    def rows_per_head(self) -> int:
+        """Query rows that share a KV head: those of a group's heads."""
+        return self.group * self.query_rows
 
     def can_reach(self, context: int) -> bool:
         """Whether the cache ever holds so many rows."""

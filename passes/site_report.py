@@ -50,6 +50,8 @@ def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
         return ""
     if options_for(site, options).tolerance > 0:
         least, usual = least_context(site, options), LEAST_CONTEXT if fake(site.key.rows).device.type == "cpu" else 0
+        if least == NEVER:
+            return f"every bit: fewer are never faster here for {site.query_rows} query rows (min_context)"
         return f"every bit below {least} live rows, from where on fewer are faster here (min_context)" if least > usual else ""
     if options.memory != "beside":
         return "every bit: memory='planes' keeps none beside this cache (alignedkv_compile.Cache is made of them)"

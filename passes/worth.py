@@ -54,7 +54,8 @@ def options_for(site: AttentionSite, options: AlignmentOptions) -> AlignmentOpti
     read = site.kind.read_shape(site)
     if read is None or options.tolerance == 0:
         return options
-    keeps_planes = options.memory == "beside" and read.can_reach(options.least_context(read))
+    one_row = replace(read, query_rows=1)  # that of decoding, whatever this graph's is
+    keeps_planes = options.memory == "beside" and read.can_reach(options.least_context(one_row))
     return options if keeps_planes else options.without_planes
 
 
@@ -95,6 +96,7 @@ def read_shape(site: AttentionSite, *, fixed_rows: bool) -> ReadShape:
         key_dim=constant(key.shape[3]),
         value_dim=constant(value.shape[3]),
         capacity=int(rows) if fixed_rows and not is_symbolic(rows) else None,
+        query_rows=site.query_rows,
     )
 
 

@@ -59,7 +59,7 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
         generator = torch.Generator().manual_seed(0)
         key, value, direction = (
             torch.randn(1, heads, rows, dim, generator=generator).to(read.dtype)
-            for rows, dim in ((contexts[-1], read.key_dim), (contexts[-1], read.value_dim), (read.group, read.key_dim))
+            for rows, dim in ((contexts[-1], read.key_dim), (contexts[-1], read.value_dim), (read.rows_per_head, read.key_dim))
         )
         planes = torch.zeros(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, dtype=torch.uint8)
         PLANE_BUILDER.rebuild(planes, key, value, contexts[-1])
@@ -86,7 +86,7 @@ def _row_bytes(read: ReadShape) -> int:
 
 
 def _as_heads(query: torch.Tensor) -> torch.Tensor:
-    """``[1, heads, group, D]`` as ``[1, heads * group, 1, D]``."""
+    """``[1, heads, rows, D]`` as ``[1, heads * rows, 1, D]``."""
     return query.flatten(1, 2)[:, :, None]
 
 

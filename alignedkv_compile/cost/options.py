@@ -7,8 +7,11 @@ import os
 import time
 from dataclasses import fields
 
+import torch
+
 from .. import break_even
 from ..break_even import ReadShape
+from ..lowering.isa import chosen_isa
 from ..options import Options
 from .crossover import Timing
 from .measure import Accuracy, measure
@@ -30,6 +33,8 @@ class MeasuredOptions(Options):
     def least_context(self, read: ReadShape) -> int:
         if not self._chooses(read):
             return super().least_context(read)
+        if read.query_rows > break_even.MOST_ALIGNED_QUERY_ROWS:
+            return break_even.NEVER
         accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
         if not read.can_reach(break_even.LEAST_CONTEXT):
             return break_even.LEAST_CONTEXT
@@ -43,11 +48,25 @@ class MeasuredOptions(Options):
             return super().least_context(read)
 
     def most_query_rows(self, read: ReadShape) -> int:
-        return break_even.MOST_QUERY_ROWS if self._chooses(read) else super().most_query_rows(read)
+        left_to_us = read.device.type == "cpu" and self.min_context is None and not self.certified
+        return most_query_rows(read) if left_to_us else super().most_query_rows(read)
 
     def _chooses(self, read: ReadShape) -> bool:
         """Whether the faster of two reads may be taken: the user has asked for neither, and both are known here."""
         return read.device.type == "cpu" and self.min_context is None and self.tolerance > 0 and not self.certified
+
+
+MOST_QUERY_ROWS = {"amx": 16, "avx512": 8}
+"""New tokens up to which a read of every bit beats stock attention, by instruction set (``make bench-rows``)."""
+MOST_QUERY_ROWS_OF_OTHERS = 4
+
+
+def most_query_rows(read: ReadShape) -> int:
+    """New tokens up to which a CPU's read of a cache is faster than stock attention."""
+    instructions = chosen_isa()
+    if instructions == "amx" and read.dtype != torch.bfloat16:
+        instructions = "avx512"  # tiles are for bfloat16
+    return MOST_QUERY_ROWS.get(instructions, MOST_QUERY_ROWS_OF_OTHERS)
 
 
 def priced(options: Options) -> Options:

@@ -31,13 +31,13 @@ class Kind:
     Attributes:
         dtype: of the cache, without ``torch.``.
         heads: KV heads of a timed call.
-        group, key_dim, value_dim: as in :class:`~alignedkv_compile.break_even.ReadShape`.
+        rows_per_head, key_dim, value_dim: as in :class:`~alignedkv_compile.break_even.ReadShape`.
         tolerance, unit_roundoff: as in :class:`.measure.Accuracy`.
     """
 
     dtype: str
     heads: int
-    group: int
+    rows_per_head: int
     key_dim: int
     value_dim: int
     tolerance: float
@@ -46,7 +46,7 @@ class Kind:
     def __str__(self) -> str:
         dims = str(self.key_dim) if self.key_dim == self.value_dim else f"{self.key_dim}+{self.value_dim}"
         return (
-            f"{self.dtype}, {self.group} query head{'s' if self.group != 1 else ''} per KV head, head dimension {dims}, "
+            f"{self.dtype}, {self.rows_per_head} query row{'s' if self.rows_per_head != 1 else ''} per KV head, head dimension {dims}, "
             f"{self.heads} KV head{'s' if self.heads != 1 else ''} a call, "
             f"tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
         )
@@ -57,7 +57,7 @@ def kind_of(read: ReadShape, accuracy: Accuracy) -> Kind:
     return Kind(
         str(read.dtype).removeprefix("torch."),
         heads_of_a_call(read),
-        read.group,
+        read.rows_per_head,
         read.key_dim,
         read.value_dim,
         accuracy.tolerance,

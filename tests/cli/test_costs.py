@@ -36,8 +36,8 @@ def test_a_machine_on_which_nothing_was_measured(tmp_path: Path) -> None:
 
 def test_measured_ahead_and_shown(tmp_path: Path) -> None:
     output = run("32/8/128", "9/3/64", "--dtype", "float16")
-    assert "float16, 4 query heads per KV head, head dimension 128" in output
-    assert "float16, 3 query heads per KV head, head dimension 64" in output
+    assert "float16, 4 query rows per KV head, head dimension 128" in output
+    assert "float16, 3 query rows per KV head, head dimension 64" in output
     assert "2.50 / 1.00" in output
     assert str(Records.path()) in output
     assert Records.path().is_relative_to(tmp_path)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from alignedkv_compile import torch_private
-from alignedkv_compile.break_even import LEAST_CONTEXT, MOST_QUERY_ROWS, ReadShape
+from alignedkv_compile.break_even import LEAST_CONTEXT, MOST_ALIGNED_QUERY_ROWS, NEVER, ReadShape
 from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost import priced, records
 from alignedkv_compile.cost.crossover import Timing
 from alignedkv_compile.cost.measure import Accuracy
 from alignedkv_compile.cost.records import Records, kind_of
+from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE as ISA_VARIABLE
 from alignedkv_compile.options import Options
 
-READ = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 4, 64, 64, None)
+READ = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 4, 64, 64)
 KIND = kind_of(READ, Accuracy(2.0, 2.0**-8))
 TIMINGS = (Timing(1024, 2.0, 1.0, 2.0), Timing(4096, 1.0, 2.0, 0.5))
 
@@ -109,10 +111,50 @@ def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least
     assert priced(options).least_context(READ) == least
 
 
-def test_long_queries_are_left_to_stock_attention() -> None:
-    assert priced(Options()).most_query_rows(READ) == MOST_QUERY_ROWS
-    for options in (Options(calibrate=False), Options(min_context=7), Options(guarantee="worst_case"), Options(tolerance=0.0)):
-        assert priced(options).most_query_rows(READ) > 16
+@pytest.mark.parametrize(
+    ("isa", "dtype", "most"),
+    [
+        ("amx", torch.bfloat16, 16),
+        ("amx", torch.float32, 8),
+        ("avx512", torch.bfloat16, 8),
+        ("avx2", torch.bfloat16, 4),
+        ("portable", torch.float16, 4),
+    ],
+)
+def test_long_queries_are_left_to_stock_attention(
+    isa: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    read = replace(READ, dtype=dtype)
+    for options in (Options(), Options(tolerance=0.0)):
+        assert priced(options).most_query_rows(read) == most
+        assert priced(options).most_query_rows(replace(read, device=torch.device("cuda"))) > 16
+    for options in (Options(calibrate=False), Options(min_context=7), Options(guarantee="worst_case")):
+        assert priced(options).most_query_rows(read) > 16
+
+
+def test_a_query_of_several_rows_is_measured_as_a_larger_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
+        asked.append(read.rows_per_head)
+        return (Timing(1024, 2.0, 1.0, 2.0), Timing(2048, 1.0, 2.0, 0.5))
+
+    monkeypatch.setattr(priced_options, "measure", measured)
+    options = priced(Options())
+    found = {rows: options.least_context(replace(READ, query_rows=rows)) for rows in (1, 2, MOST_ALIGNED_QUERY_ROWS)}
+    assert asked == [4, 8, 16]
+    assert all(LEAST_CONTEXT <= least < 2048 for least in found.values())
+    assert options.least_context(replace(READ, group=2, query_rows=4)) == found[2]
+    assert asked == [4, 8, 16]
+
+
+def test_longer_queries_read_every_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(priced_options, "measure", never)
+    read = replace(READ, query_rows=MOST_ALIGNED_QUERY_ROWS + 1)
+    assert priced(Options()).least_context(read) == NEVER
+    assert priced(Options(min_context=7)).least_context(read) == 7
+    assert priced(Options(calibrate=False)).least_context(read) == LEAST_CONTEXT
 
 
 def test_nothing_is_measured_for_a_cache_that_is_always_short(monkeypatch: pytest.MonkeyPatch) -> None:

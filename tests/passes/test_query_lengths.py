@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alignedkv_compile.break_even import ReadShape
+from alignedkv_compile.break_even import NEVER, ReadShape
 from alignedkv_compile.contract import Outcome
 from alignedkv_compile.options import Options
 
@@ -123,3 +123,23 @@ def test_queries_of_more_rows_than_pay_keep_stock_attention(make_harness, kind: 
     assert harness.outcomes == [outcome]
     if outcome is Outcome.PREFILL:
         assert "5 query rows are more than 4" in harness.reasons[0]
+
+
+@pytest.mark.parametrize(("one_row_from", "planes"), [(20, True), (CAPACITY + 1, False)])
+def test_a_read_of_every_bit_keeps_the_planes_of_the_others(make_harness, one_row_from: int, planes: bool) -> None:
+    """Several rows want every bit; planes are written for the single tokens that come after them, if those read any."""
+
+    class EveryBitOfSeveral(Options):
+        def least_context(self, read: ReadShape) -> int:
+            assert read.rows_per_head == read.query_rows * HEADS // KV_HEADS
+            return one_row_from if read.query_rows == 1 else NEVER
+
+    harness = make_harness(EveryBitOfSeveral())
+    given = inputs("static", "bool", 6, past=25)
+    expected = static(attend)(*[one.clone() for one in given])
+    actual = torch.compile(static(attend), backend=harness, fullgraph=True)(*given)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert harness.outcomes == [Outcome.REWRITTEN]
+    assert "every bit: fewer are never faster here" in harness.reasons[0]
+    targets = [str(node.target) for node in harness.last.module.graph.nodes]
+    assert any("quantize_on_write" in target for target in targets) is planes
