@@ -51,9 +51,10 @@ def layer(
 def variants() -> dict[str, Variant]:
     """The layer stock and compiled, each new and without graphs of other sizes."""
     torch._dynamo.reset()
+    few: dict[str, object] = {"strict": True, "calibrate": False}
     return {
-        "aligned": torch.compile(layer, backend="alignedkv", dynamic=False, options={"strict": True, "calibrate": False}),
-        "every bit": torch.compile(layer, backend="alignedkv", dynamic=False, options={"strict": True, "tolerance": 0.0}),
+        "aligned": torch.compile(layer, backend="alignedkv", dynamic=False, options=few),
+        "every bit": torch.compile(layer, backend="alignedkv", dynamic=False, options={**few, "tolerance": 0.0}),
         "torch.compile": torch.compile(layer, dynamic=False),
         "eager": layer,
     }
