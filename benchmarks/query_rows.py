@@ -51,10 +51,10 @@ def layer(
 def variants() -> dict[str, Variant]:
     """The layer stock and compiled, each new and without graphs of other sizes."""
     torch._dynamo.reset()
-    few: dict[str, object] = {"strict": True, "calibrate": False}
+    few: dict[str, str | int | bool | Callable[..., object]] = {"strict": True, "calibrate": False}
     return {
         "aligned": torch.compile(layer, backend="alignedkv", dynamic=False, options=few),
-        "every bit": torch.compile(layer, backend="alignedkv", dynamic=False, options={**few, "tolerance": 0.0}),
+        "every bit": torch.compile(layer, backend="alignedkv", dynamic=False, options={**few, "tolerance": 0}),
         "torch.compile": torch.compile(layer, dynamic=False),
         "eager": layer,
     }
