@@ -22,8 +22,8 @@ NEVER = 2**31 - 1
 """A context that no cache reaches: reading every bit is the faster read at any."""
 
 MOST_ALIGNED_QUERY_ROWS = 4
-"""New tokens up to which a read of few bits may be faster than one of every bit on a CPU: its time grows with the tokens, most of
-all where query heads share a KV head, that of the other hardly does (``make bench-rows``)."""
+"""New tokens up to which a read of few bits may be faster than one of every bit on a CPU: its time grows with the tokens, most
+of all where query heads share a KV head, that of the other hardly does (``make bench-rows``)."""
 
 ROWS_PER_PROCESSOR = 1024
 """An estimate until ``make sweep-gpu`` has measured it. On an H200 (132 multiprocessors) prototypes of the two reads took 66

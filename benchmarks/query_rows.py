@@ -96,7 +96,9 @@ def main(
     """Time queries of several rows. Run on an otherwise idle machine."""
     console = open_console()
     grid = list(itertools.product(shapes.split(","), map(int, contexts.split(",")), map(int, rows.split(","))))
-    table = Table("shape", "rows of cache", "of query", "aligned ms", "every bit ms", "torch.compile ms", "eager ms", "faster than stock")
+    table = Table(
+        "shape", "rows of cache", "of query", "aligned ms", "every bit ms", "torch.compile ms", "eager ms", "faster than stock"
+    )
     cases = []
     with empty_inductor_cache(), torch.no_grad():
         for shape, context, count in track(grid, console=console, transient=True):

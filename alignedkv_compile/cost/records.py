@@ -46,7 +46,8 @@ class Kind:
     def __str__(self) -> str:
         dims = str(self.key_dim) if self.key_dim == self.value_dim else f"{self.key_dim}+{self.value_dim}"
         return (
-            f"{self.dtype}, {self.rows_per_head} query row{'s' if self.rows_per_head != 1 else ''} per KV head, head dimension {dims}, "
+            f"{self.dtype}, {self.rows_per_head} query row{'s' if self.rows_per_head != 1 else ''} per KV head, "
+            f"head dimension {dims}, "
             f"{self.heads} KV head{'s' if self.heads != 1 else ''} a call, "
             f"tolerance {self.tolerance:g} of roundoff {self.unit_roundoff:.3g}"
         )

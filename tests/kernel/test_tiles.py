@@ -108,7 +108,9 @@ def test_a_read_of_planes_streams_with_it(amx: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [{"group": LEAST_TILED_ROWS - 1}, {"dtype": torch.float16}, {"query_dtype": torch.float32}, {"key_dim": 40}], ids=str
+    "shape",
+    [{"group": LEAST_TILED_ROWS - 1}, {"dtype": torch.float16}, {"query_dtype": torch.float32}, {"key_dim": 40}],
+    ids=str,
 )
 def test_others_are_read_with_vectors(amx: str, shape: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Few query rows, other dtypes, other dimensions: the same kernel as for AVX-512."""
