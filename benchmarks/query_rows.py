@@ -4,8 +4,8 @@
     python benchmarks/query_rows.py --shapes 32/8/128 --contexts 16384 --rows 1,4,16
 
 A question of a few tokens, or an assistant's candidates, make queries of several rows. Each variant has a cache of its own and
-a graph for the number of rows; variants take turns in every round, and medians over rounds are reported. Synthetic numbers: queries are scaled as
-those of benchmarks/attention.py, and rows of one query agree no more than its heads do.
+a graph for the number of rows; variants take turns in every round, and medians over rounds are reported. Synthetic numbers:
+queries are scaled as those of benchmarks/attention.py, and rows of one query agree no more than its heads do.
 """
 
 from __future__ import annotations
@@ -96,16 +96,15 @@ def main(
     """Time queries of several rows. Run on an otherwise idle machine."""
     console = open_console()
     grid = list(itertools.product(shapes.split(","), map(int, contexts.split(",")), map(int, rows.split(","))))
-    table = Table(
-        "shape", "rows of cache", "of query", "aligned ms", "every bit ms", "torch.compile ms", "eager ms", "faster than stock"
-    )
+    names = ("aligned", "every bit", "torch.compile", "eager")
+    table = Table("shape", "rows of cache", "of query", *(f"{name} ms" for name in names), "faster than stock")
     cases = []
     with empty_inductor_cache(), torch.no_grad():
         for shape, context, count in track(grid, console=console, transient=True):
             took = measure(shape, context, count, getattr(torch, dtype), rounds)
             cases.append({"shape": shape, "context": context, "rows": count, "median_ms": took})
             stock = min(took["torch.compile"], took["eager"])
-            figures = (f"{took[name]:.2f}" for name in ("aligned", "every bit", "torch.compile", "eager"))
+            figures = (f"{took[name]:.2f}" for name in names)
             gains = (f"{stock / took[name]:.2f}x" for name in ("aligned", "every bit"))
             table.add_row(shape, str(context), str(count), *figures, ", ".join(gains))
     console.print(table)
