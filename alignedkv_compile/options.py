@@ -44,10 +44,10 @@ class Options:
             was measured there (see ``calibrate``), on a GPU more rows where pairs are few
             (:mod:`alignedkv_compile.break_even`). Where a cache never reaches it, no planes are kept.
         calibrate: where ``min_context`` is None, time both reads the first time that a CPU meets a kind of read (dtype, head
-            dimension, query rows per KV head), which takes some seconds, and keep the result beside Inductor's caches; read every
-            bit for queries of more than :data:`~alignedkv_compile.break_even.MOST_ALIGNED_QUERY_ROWS` tokens, and leave those
-            of more than :data:`~alignedkv_compile.cost.options.MOST_QUERY_ROWS` to stock attention. False is 512 rows for
-            every read, of up to 16 tokens.
+            dimension, query rows per KV head), which takes some seconds, and keep the result beside Inductor's caches; read
+            every bit for queries of more than :data:`~alignedkv_compile.break_even.MOST_ALIGNED_QUERY_ROWS` tokens, and leave
+            those of more than :data:`~alignedkv_compile.cost.options.MOST_QUERY_ROWS` to stock attention. False is 512 rows
+            for every read, of up to 16 tokens.
         strict: raise :class:`~alignedkv_compile.errors.DeclinedError` when an attention site over a KV cache is declined, and
             let internal errors through. A long query that keeps stock attention by design is not declined.
         stats: count the bytes read, for :func:`alignedkv_compile.stats`.
