@@ -12,7 +12,7 @@ from alignedkv_compile.contract import Outcome, SiteReport
 
 from .nodes import fake, is_symbolic, tensor_of
 from .records import AttentionSite, DeclinedSite, Pairing
-from .worth import AlignmentOptions, least_context, most_query_rows, options_for
+from .worth import AlignmentOptions, least_context, least_context_of_planes, most_query_rows, options_for
 
 log = logging.getLogger("alignedkv_compile.passes")
 
@@ -55,7 +55,7 @@ def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
         return f"every bit below {least} live rows, from where on fewer are faster here (min_context)" if least > usual else ""
     if options.memory != "beside":
         return "every bit: memory='planes' keeps none beside this cache (alignedkv_compile.Cache is made of them)"
-    least = least_context(site, options)
+    least = least_context_of_planes(site, options)
     gain = "fewer are never faster here" if least == NEVER else f"fewer are faster from {least} rows on, which it never holds"
     return f"every bit: {gain} (min_context)"
 

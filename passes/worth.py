@@ -54,8 +54,7 @@ def options_for(site: AttentionSite, options: AlignmentOptions) -> AlignmentOpti
     read = site.kind.read_shape(site)
     if read is None or options.tolerance == 0:
         return options
-    one_row = replace(read, query_rows=1)  # that of decoding, whatever this graph's is
-    keeps_planes = options.memory == "beside" and read.can_reach(options.least_context(one_row))
+    keeps_planes = options.memory == "beside" and read.can_reach(least_context_of_planes(site, options))
     return options if keeps_planes else options.without_planes
 
 
@@ -78,6 +77,11 @@ def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
     """Live rows below which a site's read takes every bit; where rows have to be decoded for that, fewer bits always pay."""
     read = site.kind.read_shape(site)
     return options.min_context or 0 if read is None else options.least_context(read)
+
+
+def least_context_of_planes(site: AttentionSite, options: AlignmentOptions) -> int:
+    """Live rows from which on the planes of a site's cache are read: by single tokens, whatever this graph's query is."""
+    return least_context(replace(site, query_rows=1), options)
 
 
 def read_shape(site: AttentionSite, *, fixed_rows: bool) -> ReadShape:
