@@ -42,7 +42,7 @@ class Target:
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 
 TARGETS: Mapping[str, Target] = {
-    "amx": Target(16, ("avx512.h", "amx.h"), (*_AVX512, "amx_tile", "amx_int8", "amx_bf16"), include="immintrin.h", tiled=True),
+    "amx": Target(16, ("avx512.h", "amx.h"), (*_AVX512, "amx_tile", "amx_bf16"), include="immintrin.h", tiled=True),
     "avx512": Target(16, ("avx512.h",), _AVX512, include="immintrin.h"),
     "avx2": Target(8, ("avx2.h", "narrow.h"), ("avx2", "fma3"), include="immintrin.h"),
     "portable": Target(8, ("portable.h", "narrow.h")),
