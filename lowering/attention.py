@@ -18,15 +18,11 @@ from .arena_text import arena_header, packed_rows
 from .constants import SHARED, option_constants, print_cpp
 from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
 from .formulas import certified_formulas, policy_formulas
-from .isa import chosen_target
+from .isa import streams_by_tiles
 from .vectors import vector_header
 
 MAX_THREADS = 256
 """Threads that share one call; more would only wait for each other."""
-
-LEAST_TILED_ROWS = 5
-"""Query rows of a KV head from which on matrix tiles are faster than vectors, which with fewer wait for memory as long
-(``make bench``, ``make bench-rows``)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class ReadAttention(Template):
             "sinks_type": kernel.dtype(sinks) if sinks is not None else None,
             "softcap": f"{constants.softcap:.9e}f" if constants.softcap > 0 else None,
             "storage": arena.storage,
-            "tiled": _streams_by_tiles(constants, query.get_dtype()),
+            "tiled": _tiled(constants, query.get_dtype()),
         }
         common = render(
             "attention_common.h.jinja",
@@ -135,16 +131,11 @@ class ReadAttention(Template):
         )
 
 
-def _streams_by_tiles(constants: Constants, query_dtype: torch.dtype) -> bool:
-    """Whether the stream is by matrix tiles: where the target has such, for their dtype and for enough query rows."""
-    arena = constants.arena
-    return (
-        chosen_target().tiled
-        and constants.dtype == query_dtype == torch.bfloat16
-        and constants.group * constants.query_rows >= LEAST_TILED_ROWS
-        and not arena.storage.packed
-        and arena.key_dim % 32 == arena.value_dim % 32 == 0
-    )
+def _tiled(constants: Constants, query_dtype: torch.dtype) -> bool:
+    """Whether the stream is by matrix tiles; rows that are decoded are not."""
+    arena, rows = constants.arena, constants.group * constants.query_rows
+    plain = query_dtype == constants.dtype and not arena.storage.packed
+    return plain and streams_by_tiles(query_dtype, rows, arena.key_dim, arena.value_dim)
 
 
 def _broadcast_strides(mask: ir.IRNode) -> list[sympy.Expr]:

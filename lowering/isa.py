@@ -52,6 +52,23 @@ TARGETS: Mapping[str, Target] = {
 CHOICES = tuple(TARGETS)
 
 
+LEAST_TILED_ROWS = 5
+"""Query rows of a KV head from which on matrix tiles are faster than vectors, which with fewer wait for memory as long
+(``make bench``, ``make bench-rows``)."""
+
+
+def streams_by_tiles(dtype: torch.dtype, rows_per_head: int, key_dim: int, value_dim: int) -> bool:
+    """Whether every bit of a cache is read by matrix tiles (``templates/tiled_stream.h.jinja``).
+
+    Args:
+        dtype: of the cache and of the query.
+        rows_per_head: query rows that share a KV head.
+        key_dim, value_dim: head dimensions.
+    """
+    fits = dtype == torch.bfloat16 and key_dim % 32 == value_dim % 32 == 0
+    return chosen_target().tiled and fits and rows_per_head >= LEAST_TILED_ROWS
+
+
 def machine_isa() -> str:
     """The first of :data:`TARGETS` that this machine runs."""
     capabilities = torch.cpu.get_capabilities()

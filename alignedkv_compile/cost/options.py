@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import fields
-
-import torch
+from dataclasses import fields, replace
 
 from .. import break_even
 from ..break_even import ReadShape
-from ..lowering.isa import chosen_isa
+from ..lowering.isa import chosen_isa, streams_by_tiles
 from ..options import Options
 from .crossover import Timing
 from .measure import Accuracy, measure
@@ -48,25 +46,27 @@ class MeasuredOptions(Options):
             return super().least_context(read)
 
     def most_query_rows(self, read: ReadShape) -> int:
-        left_to_us = read.device.type == "cpu" and self.min_context is None and not self.certified
-        return most_query_rows(read) if left_to_us else super().most_query_rows(read)
+        return most_query_rows(read) if self._knows(read) else super().most_query_rows(read)
 
     def _chooses(self, read: ReadShape) -> bool:
-        """Whether the faster of two reads may be taken: the user has asked for neither, and both are known here."""
-        return read.device.type == "cpu" and self.min_context is None and self.tolerance > 0 and not self.certified
+        """Whether the faster of two reads may be taken."""
+        return self._knows(read) and self.tolerance > 0
+
+    def _knows(self, read: ReadShape) -> bool:
+        """Whether times are known here, and the user has not settled what they decide."""
+        return read.device.type == "cpu" and self.min_context is None and not self.certified
 
 
-MOST_QUERY_ROWS = {"amx": 16, "avx512": 8}
+MOST_QUERY_ROWS = {"amx": 16, "avx512": 8, "avx2": 4, "portable": 4}
 """New tokens up to which a read of every bit beats stock attention, by instruction set (``make bench-rows``)."""
-MOST_QUERY_ROWS_OF_OTHERS = 4
 
 
 def most_query_rows(read: ReadShape) -> int:
-    """New tokens up to which a CPU's read of a cache is faster than stock attention."""
-    instructions = chosen_isa()
-    if instructions == "amx" and read.dtype != torch.bfloat16:
-        instructions = "avx512"  # tiles are for bfloat16
-    return MOST_QUERY_ROWS.get(instructions, MOST_QUERY_ROWS_OF_OTHERS)
+    """New tokens up to which a CPU's read of a cache beats stock attention; with AMX, fewer where it goes without tiles."""
+    most = MOST_QUERY_ROWS[chosen_isa()]
+    longest = replace(read, query_rows=most)
+    tiled = streams_by_tiles(read.dtype, longest.rows_per_head, read.key_dim, read.value_dim)
+    return most if tiled else min(most, MOST_QUERY_ROWS["avx512"])
 
 
 def priced(options: Options) -> Options:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,20 +113,21 @@ def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least
 
 
 @pytest.mark.parametrize(
-    ("isa", "dtype", "most"),
+    ("isa", "kind", "most"),
     [
-        ("amx", torch.bfloat16, 16),
-        ("amx", torch.float32, 8),
-        ("avx512", torch.bfloat16, 8),
-        ("avx2", torch.bfloat16, 4),
-        ("portable", torch.float16, 4),
+        ("amx", {}, 16),
+        ("amx", {"dtype": torch.float32}, 8),
+        ("amx", {"key_dim": 80}, 8),
+        ("avx512", {}, 8),
+        ("avx2", {}, 4),
+        ("portable", {"dtype": torch.float16}, 4),
     ],
 )
 def test_long_queries_are_left_to_stock_attention(
-    isa: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+    isa: str, kind: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ISA_VARIABLE, isa)
-    read = replace(READ, dtype=dtype)
+    read = replace(READ, **kind)
     for options in (Options(), Options(tolerance=0.0)):
         assert priced(options).most_query_rows(read) == most
         assert priced(options).most_query_rows(replace(read, device=torch.device("cuda"))) > 16

@@ -40,15 +40,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @contextmanager
-def _kernels_for(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def _kernels_for(
+    name: str, monkeypatch: pytest.MonkeyPatch, native_isas: tuple[str, ...] = NATIVE_ISAS, edit: tuple[str, str] = ("", "")
+) -> Iterator[str]:
+    """``edit`` replaces text of the emulation of what is missing among ``native_isas``."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
-    if name not in NATIVE_ISAS:
+    if name not in native_isas:
         needed = ("avx512", "amx") if name == "amx" else (name,)
-        missing = [EMULATIONS[part] for part in needed if part in EMULATIONS and part not in NATIVE_ISAS]
+        missing = [EMULATIONS[part] for part in needed if part in EMULATIONS and part not in native_isas]
         if not missing:
             pytest.skip(f"this machine has no {name}, and nothing here emulates it")
         native, native_hash = Template.includes, lowering.source_hash
         text = "".join(path.read_text() for path in missing)
+        assert edit[0] in text
+        text = text.replace(*edit) if edit[0] else text
         monkeypatch.setattr(Template, "includes", lambda self: native(self) + text)
         monkeypatch.setattr(lowering, "source_hash", lambda: native_hash() + text.encode())
     torch._dynamo.reset()
@@ -67,4 +72,13 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernels are generated for AMX, which is emulated on a machine without it."""
     with _kernels_for("amx", monkeypatch) as name:
+        yield name
+
+
+@pytest.fixture
+def amx_denied(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels are generated for AMX, which the process may not have."""
+    others = tuple(name for name in NATIVE_ISAS if name != "amx")
+    denial = "permitted() { return true; }", "permitted() { return false; }"
+    with _kernels_for("amx", monkeypatch, others, denial) as name:
         yield name

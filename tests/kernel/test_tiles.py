@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cases import SUM_ERROR, Case, exact, make_case, run_kernel, without_planes, write_planes
 
-from alignedkv_compile.lowering.attention import LEAST_TILED_ROWS
+from alignedkv_compile.lowering.attention import ReadAttention
+from alignedkv_compile.lowering.isa import LEAST_TILED_ROWS
 
 
 def bfloat16_case(**fields: object) -> Case:
@@ -107,12 +109,35 @@ def test_a_read_of_planes_streams_with_it(amx: str) -> None:
     assert_rounded(case, run_kernel(case, write_planes(case, valid=False)).output)
 
 
+def test_a_process_that_may_not_have_tiles(amx_denied: str) -> None:
+    case = bfloat16_case(rows=300)
+    assert_rounded(case, run_kernel(case, None).output)
+
+
 @pytest.mark.parametrize(
-    "shape",
-    [{"group": LEAST_TILED_ROWS - 1}, {"dtype": torch.float16}, {"query_dtype": torch.float32}, {"key_dim": 40}],
+    ("shape", "tiled"),
+    [
+        ({"group": LEAST_TILED_ROWS}, True),
+        ({"group": 2, "query_rows": 3}, True),
+        ({"group": LEAST_TILED_ROWS - 1}, False),
+        ({"dtype": torch.float16}, False),
+        ({"query_dtype": torch.float32}, False),
+        ({"key_dim": 40}, False),
+    ],
     ids=str,
 )
-def test_others_are_read_with_vectors(amx: str, shape: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few query rows, other dtypes, other dimensions: the same kernel as for AVX-512."""
+def test_which_reads_are_by_tiles(amx: str, shape: dict[str, object], tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of few query rows, other dtypes, other dimensions: these have the same kernel as for AVX-512."""
+    sources: list[str] = []
+    original = ReadAttention.source
+
+    def recorded(self: ReadAttention, *arguments: Any) -> str:
+        sources.append(original(self, *arguments))
+        return sources[-1]
+
+    monkeypatch.setattr(ReadAttention, "source", recorded)
     case = bfloat16_case(**{"rows": 200, **shape})
-    assert_rounded(case, run_kernel(case, None).output)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert_rounded(case, run_kernel(case, None).output)
+    assert sources
+    assert all(("TiledStream" in source) is tiled for source in sources)
