@@ -32,7 +32,6 @@ SHARED: Mapping[str, Number] = {
     **row_header.CONSTANTS,
     # precision.py
     "INT8_LARGEST": float(precision.INT8_MAX),  # INT8_MAX is a macro of C
-    "TERMS": precision.QUERY_TERMS,
     "TERM_RATIO": precision.TERM_RATIO,
     "STREAM_FRACTION": float(precision.STREAM_FRACTION),
     "LARGEST_SHIFT": float(precision.LARGEST_SHIFT),

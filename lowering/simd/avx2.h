@@ -60,30 +60,39 @@ static inline vf load_row(const at::BFloat16* p) {
 static inline vf load_row(const at::Half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 constexpr int COLUMNS = 2;  // of 16 registers
 
-template <int MT, int RUNS>
-static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][2], int32_t (*out)[GROUP]) {
-  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  for (int part = 0; part < 2; ++part) {
-    __m256i acc[MT];
-    for (int i = 0; i < MT; ++i) acc[i] = _mm256_setzero_si256();
-    #pragma GCC unroll 1
-    for (int first = 0; first < RUNS; first += 4) {  // four runs: |sum| <= 8 * 2 * 15 * 127 = 30480 fits int16
-      __m256i narrow[MT];
-      for (int i = 0; i < MT; ++i) narrow[i] = _mm256_setzero_si256();
-      #pragma GCC unroll 2
-      for (int r = first; r < std::min(first + 4, RUNS); ++r) {
-        const __m256i x = _mm256_loadu_si256((const __m256i*)(plane + r * 64 + part * 32));
-        const __m256i low = _mm256_and_si256(x, nibble), high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
-        for (int i = 0; i < MT; ++i) {
-          const __m256i a = _mm256_maddubs_epi16(low, _mm256_set1_epi32(query[i][r][0]));
-          const __m256i b = _mm256_maddubs_epi16(high, _mm256_set1_epi32(query[i][r][1]));
-          narrow[i] = _mm256_add_epi16(narrow[i], _mm256_add_epi16(a, b));
-        }
-      }
-      for (int i = 0; i < MT; ++i) acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(narrow[i], ones));
+/// Pairs of int16, for the nibbles that masks of shifted pairs of bytes leave: low and high ones of the even bytes, then of the odd ones.
+static inline void pack_run(const int8_t* coarse, const int8_t* finer, int32_t* words) {
+  int16_t pairs[4][2];
+  for (int k = 0; k < 4; ++k)
+    for (int i = 0; i < 2; ++i) {
+      const int d = k % 2 * 4 + 2 * i + k / 2;
+      pairs[k][i] = (int16_t)(TERM_RATIO * coarse[d] + finer[d]);
     }
-    for (int i = 0; i < MT; ++i) _mm256_storeu_si256((__m256i*)(out[i] + part * 8), acc[i]);
+  std::memcpy(words, pairs, sizeof pairs);
+}
+
+/// Both terms in one number of 16 bits: as many products as two of 8 bits take, and their sums are int32 already.
+template <int MT, int RUNS>
+static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][4], int32_t (*out)[GROUP]) {
+  const __m256i nibble = _mm256_set1_epi16(15);
+  __m256i acc[MT][2];
+  for (int i = 0; i < MT; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+  #pragma GCC unroll 2
+  for (int r = 0; r < RUNS; ++r) {
+    const __m256i* bytes = (const __m256i*)(plane + r * 64);
+    const __m256i x[2] = {_mm256_loadu_si256(bytes), _mm256_loadu_si256(bytes + 1)};
+    #pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      __m256i nibbles[2];
+      for (int part = 0; part < 2; ++part) nibbles[part] = _mm256_and_si256(_mm256_srli_epi16(x[part], 4 * k), nibble);
+      for (int i = 0; i < MT; ++i) {
+        const __m256i q = _mm256_set1_epi32(query[i][r][k]);
+        for (int part = 0; part < 2; ++part) acc[i][part] = _mm256_add_epi32(acc[i][part], _mm256_madd_epi16(nibbles[part], q));
+      }
+    }
   }
+  for (int i = 0; i < MT; ++i)
+    for (int part = 0; part < 2; ++part) _mm256_storeu_si256((__m256i*)out[i] + part, acc[i][part]);
 }
 
 template <int MT, int BYTES, int CHUNKS>

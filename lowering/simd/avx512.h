@@ -55,21 +55,26 @@ inline vf Wide::to_float() const {
 }
 inline double Wide::sum() const { return _mm512_reduce_add_pd((__m512d)(low + high)); }
 
+/// Words of the first term, for low and high nibbles, then of the second.
+static inline void pack_run(const int8_t* coarse, const int8_t* finer, int32_t* words) {
+  std::memcpy(words, coarse, 8);
+  std::memcpy(words + 2, finer, 8);
+}
+
 template <int MT, int RUNS>
-static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][2], int32_t (*out)[GROUP]) {
-  __m512i lower[MT], upper[MT];
-  for (int i = 0; i < MT; ++i) lower[i] = upper[i] = _mm512_setzero_si512();
+static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][4], int32_t (*out)[GROUP]) {
+  __m512i acc[MT][4];
+  for (int i = 0; i < MT; ++i)
+    for (int k = 0; k < 4; ++k) acc[i][k] = _mm512_setzero_si512();
   const __m512i nibble = _mm512_set1_epi8(15);
   #pragma GCC unroll 16
   for (int r = 0; r < RUNS; ++r) {
     const __m512i x = _mm512_loadu_si512((const void*)(plane + r * 64));
     const __m512i low = _mm512_and_si512(x, nibble), high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
-    for (int i = 0; i < MT; ++i) {
-      lower[i] = _mm512_dpbusd_epi32(lower[i], low, _mm512_set1_epi32(query[i][r][0]));
-      upper[i] = _mm512_dpbusd_epi32(upper[i], high, _mm512_set1_epi32(query[i][r][1]));
-    }
+    for (int i = 0; i < MT; ++i)
+      for (int k = 0; k < 4; ++k) acc[i][k] = _mm512_dpbusd_epi32(acc[i][k], k % 2 ? high : low, _mm512_set1_epi32(query[i][r][k]));
   }
-  for (int i = 0; i < MT; ++i) store(out[i], (vi)lower[i] + (vi)upper[i]);
+  for (int i = 0; i < MT; ++i) store(out[i], ((vi)acc[i][0] + (vi)acc[i][1]) * TERM_RATIO + ((vi)acc[i][2] + (vi)acc[i][3]));
 }
 
 template <int MT, int BYTES, int CHUNKS>

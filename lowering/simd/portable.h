@@ -24,8 +24,10 @@
 //
 // and for the planes, whose bytes are those of layout.py,
 //
-//   void score_group<MT>(const uint8_t* plane, const int32_t (*query)[RUNS][2], int32_t (*out)[GROUP])
-//       int32 dots of MT int8 query rows with 16 rows of the 4-bit K plane in score order
+//   void pack_run(const int8_t* coarse, const int8_t* finer, int32_t* words)
+//       eight numbers of a query row, TERM_RATIO * coarse + finer, in four words, as score_group wants them
+//   void score_group<MT>(const uint8_t* plane, const int32_t (*query)[RUNS][4], int32_t (*out)[GROUP])
+//       int32 dots of MT such query rows with 16 rows of the 4-bit K plane in score order
 //   void dot_nibbles<MT, BYTES>(const uint8_t* const* rows, const int8_t (*query)[CHUNKS][2][32], float* out, int64_t stride)
 //       dots of MT int8 query rows with SUMS rows, of BYTES each, of a 4-bit K plane in row order, out[i * stride + k]. A query row
 //       holds, for each 32 bytes of the plane, what their low nibbles are multiplied by and then the same for the high ones, with
@@ -111,13 +113,19 @@ static inline vf load_row(const T* p) {
 }
 constexpr int COLUMNS = 2;
 
+static inline void pack_run(const int8_t* coarse, const int8_t* finer, int32_t* words) {
+  int16_t numbers[8];
+  for (int d = 0; d < 8; ++d) numbers[d] = (int16_t)(TERM_RATIO * coarse[d] + finer[d]);
+  std::memcpy(words, numbers, sizeof numbers);
+}
 template <int MT, int RUNS>
-static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][2], int32_t (*out)[GROUP]) {
+static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][4], int32_t (*out)[GROUP]) {
   for (int i = 0; i < MT; ++i)
     for (int t = 0; t < GROUP; ++t) {
       int32_t acc = 0;
       for (int r = 0; r < RUNS; ++r) {
-        const int8_t* q = (const int8_t*)query[i][r];
+        int16_t q[8];
+        std::memcpy(q, query[i][r], sizeof q);
         for (int d = 0; d < 4; ++d) {
           const uint8_t x = plane[r * 64 + t * 4 + d];
           acc += (x & 15) * q[d] + (x >> 4) * q[4 + d];
