@@ -71,9 +71,10 @@ static inline void pack_run(const int8_t* coarse, const int8_t* finer, int32_t* 
   std::memcpy(words, pairs, sizeof pairs);
 }
 
-/// Both terms in one number of 16 bits: as many products as two of 8 bits take, and their sums are int32 already.
+/// Both terms in one number of 16 bits: as many products as two of 8 bits take, and their sums are int32 already. Not inlined, since
+/// the sums then stay in registers.
 template <int MT, int RUNS>
-static inline void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][4], int32_t (*out)[GROUP]) {
+static __attribute__((noinline)) void score_group(const uint8_t* plane, const int32_t (*query)[RUNS][4], int32_t (*out)[GROUP]) {
   const __m256i nibble = _mm256_set1_epi16(15);
   __m256i acc[MT][2];
   for (int i = 0; i < MT; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
