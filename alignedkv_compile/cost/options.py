@@ -57,16 +57,18 @@ class MeasuredOptions(Options):
         return read.device.type == "cpu" and self.min_context is None and not self.certified
 
 
-MOST_QUERY_ROWS = {"amx": 16, "avx512": 8, "avx2": 4, "portable": 4}
-"""New tokens up to which a read of every bit beats stock attention, by instruction set (``make bench-rows``)."""
+MOST_QUERY_ROWS = {"amx": 16, "avx512": 8, "avx2": 16, "portable": 4}
+"""New tokens up to which a read of every bit beats stock attention, by the best instruction set of a machine
+(``make bench-rows``): with AVX2, stock has no products of 16 bits either."""
 
 
 def most_query_rows(read: ReadShape) -> int:
     """New tokens up to which a CPU's read of a cache beats stock attention; with AMX, fewer where it goes without tiles."""
-    most = MOST_QUERY_ROWS[chosen_isa()]
-    longest = replace(read, query_rows=most)
-    tiled = streams_by_tiles(read.dtype, longest.rows_per_head, read.key_dim, read.value_dim)
-    return most if tiled else min(most, MOST_QUERY_ROWS["avx512"])
+    isa = chosen_isa()
+    longest = replace(read, query_rows=MOST_QUERY_ROWS[isa])
+    if isa == "amx" and not streams_by_tiles(read.dtype, longest.rows_per_head, read.key_dim, read.value_dim):
+        isa = "avx512"
+    return MOST_QUERY_ROWS[isa]
 
 
 def priced(options: Options) -> Options:

@@ -119,7 +119,7 @@ def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least
         ("amx", {"dtype": torch.float32}, 8),
         ("amx", {"key_dim": 80}, 8),
         ("avx512", {}, 8),
-        ("avx2", {}, 4),
+        ("avx2", {}, 16),
         ("portable", {"dtype": torch.float16}, 4),
     ],
 )

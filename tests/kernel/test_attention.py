@@ -186,6 +186,23 @@ def test_threads_share_the_context_of_few_heads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_team_puts_scores_of_rows_with_inf_at_their_places() -> None:
+    """Blocks go round the threads of a team: what is deferred returns to its own rows, and takes no other's weight."""
+    before = torch.get_num_threads()
+    case = make_case(batch=1, heads=1, rows=900, peak=0.1)
+    case.query[..., 5] = -1.0
+    case.key[:, :, 290:310, 5] = torch.inf
+    case.key[:, :, 500:520, 5] = torch.inf
+    planes = write_planes(case)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            kernel = run_kernel(case, planes)
+            assert relative_errors(kernel.output, exact(case)).max() <= 6 * case.tolerance * 0.4247 * case.roundoff
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_length_bounds_what_is_read() -> None:
     """One graph for all live lengths of a larger buffer; rows past the length may hold anything."""
     case = make_case(rows=1000)
