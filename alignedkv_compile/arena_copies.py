@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from .arena import arena_views
+from .arena_memory import zeroed_arena
 from .layout import SCORE_GROUP, ArenaLayout
 
 
@@ -24,7 +25,7 @@ def selected(planes: torch.Tensor, layout: ArenaLayout, entries: torch.Tensor, h
 
 
 def _copied(planes: torch.Tensor, layout: ArenaLayout, target: ArenaLayout, chosen: torch.Tensor | None) -> torch.Tensor:
-    result = torch.zeros(target.total, dtype=torch.uint8, device=planes.device)
+    result = zeroed_arena(target.total, planes.device)
     source, views = arena_views(planes, layout), arena_views(result, target)
     views.header.copy_(source.header)
     rows, blocks = min(layout.rows, target.rows), min(layout.blocks, target.blocks)

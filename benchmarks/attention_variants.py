@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignedkv_compile import lowering
+from alignedkv_compile.arena_memory import zeroed_arena
 from alignedkv_compile.layout import arena_layout
 from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention
 from alignedkv_compile.options import UNIT_ROUNDOFF
@@ -59,7 +60,7 @@ def _mark_context(prepared: Prepared) -> None:
 
 def prepare(layer: Layer) -> Prepared:
     """Write the planes of a layer, through generated code."""
-    planes = torch.zeros(arena_layout(layer.key, layer.value).total, dtype=torch.uint8)
+    planes = zeroed_arena(arena_layout(layer.key, layer.value).total, layer.key.device)
     PLANE_BUILDER.rebuild(planes, layer.key, layer.value, layer.context)
     mask = torch.ones(1, 1, 1, layer.context, dtype=torch.bool)
     prepared = Prepared(layer, mask, planes, torch.zeros(2, len(COUNTER_FIELDS), dtype=torch.int64))

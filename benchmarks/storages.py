@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from alignedkv_compile import lowering
+from alignedkv_compile.arena_memory import zeroed_arena
 from alignedkv_compile.cache import rows as cache_rows
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
@@ -68,7 +69,7 @@ def beside(layers: list[Layer], tolerance: float) -> Variant:
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
     steps: list[Step] = []
     for layer in layers:
-        planes = torch.zeros(arena_layout(layer.key, layer.value).total, dtype=torch.uint8)
+        planes = zeroed_arena(arena_layout(layer.key, layer.value).total, layer.key.device)
         PLANE_BUILDER.rebuild(planes, layer.key, layer.value, layer.context)
         last = torch.tensor([layer.context - 1])
         steps.append(functools.partial(compiled, layer.query, layer.key, layer.value, planes, last))
@@ -91,7 +92,7 @@ def packed(layers: list[Layer], storage: str, tolerance: float) -> Variant:
     layout = ArenaLayout(shape.heads, context, dim, dim, STORAGES[storage], dtype.itemsize)
     steps: list[Step] = []
     for layer in layers:
-        planes = torch.zeros(layout.total, dtype=torch.uint8)
+        planes = zeroed_arena(layout.total, layer.key.device)
         cache_rows.store(planes, layer.key, layer.value, torch.arange(context), context, storage)
         last = torch.tensor([context - 1])
         key, value = layer.key[:, :, -1:].clone(), layer.value[:, :, -1:].clone()

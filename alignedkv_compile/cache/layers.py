@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .. import torch_private
 from ..arena_copies import resized, selected
+from ..arena_memory import zeroed_arena
 from ..errors import CacheRowsError
 from ..layout import MAX_HEAD_DIM, SCORE_GROUP, ArenaLayout
 from ..storage import STORAGES
@@ -116,7 +117,7 @@ class PackedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._take_shape(key_states, value_states)
-        self.planes = torch.zeros(self.layout.total, dtype=torch.uint8, device=self.device)
+        self.planes = zeroed_arena(self.layout.total, self.device)
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from .. import torch_private
 from ..arena import mark
+from ..arena_memory import zeroed_arena
 from ..break_even import ReadShape
 from ..layout import ArenaLayout
 from ..ops import aligned_read_attention
@@ -61,7 +62,7 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
             torch.randn(1, heads, rows, dim, generator=generator).to(read.dtype)
             for rows, dim in ((contexts[-1], read.key_dim), (contexts[-1], read.value_dim), (read.rows_per_head, read.key_dim))
         )
-        planes = torch.zeros(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, dtype=torch.uint8)
+        planes = zeroed_arena(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, key.device)
         PLANE_BUILDER.rebuild(planes, key, value, contexts[-1])
         kernel = _compiled(read, accuracy, (_as_heads(direction), key, value, planes))
         scores = direction.float() @ key.float().mT * read.key_dim**-0.5

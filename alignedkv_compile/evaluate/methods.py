@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import lowering
+from ..arena_memory import zeroed_arena
 from ..break_even import LEAST_CONTEXT
 from ..layout import arena_layout
 from ..ops import COUNTER_FIELDS, aligned_read_attention
@@ -104,7 +105,7 @@ class Aligned:
         if key.dtype not in UNIT_ROUNDOFF:
             raise EvaluationError(f"the cache is {key.dtype}; the read knows {', '.join(map(str, UNIT_ROUNDOFF))}")
         key, value = key.contiguous(), value.contiguous()
-        planes = torch.zeros(arena_layout(key, value).total, dtype=torch.uint8)
+        planes = zeroed_arena(arena_layout(key, value).total, key.device)
         PLANE_BUILDER.rebuild(planes, key, value, key.shape[2])
         counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64)
         return AlignedLayer(self, key, value, planes, counters)

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from .. import torch_private
+from ..arena_memory import unwritten_arena
 from ..errors import CacheLengthError
 from ..layout import PLANES_STALE, ArenaLayout
 from .copies import MAX_CONSECUTIVE_COPIES
@@ -202,7 +203,7 @@ class AppendBuffers:
         batch, heads, capacity, key_dim = buffer.key.shape
         total = ArenaLayout(batch * heads, capacity, key_dim, buffer.value.shape[-1]).total
         with torch_private.normal_tensors():
-            planes = torch.empty(total, dtype=torch.uint8, device=buffer.key.device)
+            planes = unwritten_arena(total, buffer.key.device)
             planes[:8].view(torch.int64).fill_(PLANES_STALE)
         return planes
 

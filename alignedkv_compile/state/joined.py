@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from .. import torch_private
+from ..arena_memory import zeroed_arena
 from ..layout import PLANES_STALE, arena_layout
 from .append_buffers import AppendBuffer, AppendBuffers, with_room
 from .copies import CopyHistory, Look
@@ -143,5 +144,5 @@ def _fits(joined: Joined, latent: torch.Tensor, rope: torch.Tensor, *, with_plan
 def _create(latent: torch.Tensor, rope: torch.Tensor, *, with_planes: bool) -> Joined:
     with torch_private.normal_tensors():
         rows = latent.new_empty(_shape(latent, rope))
-        planes = torch.zeros(arena_layout(rows, latent).total, dtype=torch.uint8, device=latent.device) if with_planes else None
+        planes = zeroed_arena(arena_layout(rows, latent).total, latent.device) if with_planes else None
     return Joined(rows, planes, latent.data_ptr())

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import torch_private
+from ..arena_memory import zeroed_arena
 from ..layout import PLANES_STALE, SCALES_BYTES, arena_layout
 from .stores import Builder
 from .tensor_identity import WeakPairMap, observe
@@ -119,7 +120,7 @@ def _written_rows(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 def _empty_arena(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """All zero, hence stale."""
     with torch_private.normal_tensors():
-        return torch.zeros(arena_layout(key, value).total, dtype=torch.uint8, device=key.device)
+        return zeroed_arena(arena_layout(key, value).total, key.device)
 
 
 class SidecarStore:

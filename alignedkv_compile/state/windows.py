@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import torch_private
+from ..arena_memory import zeroed_arena
 from ..layout import PLANES_STALE, arena_layout, padded_rows
 from .copies import CopyHistory, Look
 from .stores import Builder, present
@@ -126,7 +127,7 @@ class Windows:
             buffers = [cache.new_zeros(*cache.shape[:2], capacity, cache.shape[3]) for cache in (key, value)]
             planes = None
             if with_planes:
-                planes = torch.zeros(arena_layout(*buffers).total, dtype=torch.uint8, device=key.device)
+                planes = zeroed_arena(arena_layout(*buffers).total, key.device)
             position = torch.zeros(1, dtype=torch.int64, device=key.device)
         window = Window(buffers[0], buffers[1], planes, position, key.shape[2], key.data_ptr())
         self._alive[id(window)] = window
