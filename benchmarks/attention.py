@@ -35,13 +35,14 @@ from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
 from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.options import Options
-from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, effective_keys, exact_attention, synthetic
+from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, effective_keys, exact_attention, made_up, synthetic
 from attention_variants import ALIGNED, DESCRIPTIONS, STREAM, Call, Prepared, make_calls, prepare
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SHAPES = ("32/8/128", "32/32/128", "9/3/64")
 SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DTYPES = tuple(SHORT_DTYPE)
+MODEL, INDEPENDENT = "model", "independent"
 QUICK_CASES = (("32/8/128", 16384, "bfloat16"), ("9/3/64", 16384, "float32"))
 MAX_COPIES = 64
 
@@ -116,8 +117,13 @@ class Plan:
     footprint_mib: float
     tolerance: float
     accuracy: torch.dtype | None
+    inputs: str
     effective_keys: float
     max_gib: float
+
+    def layer(self, shape: Shape, context: int, dtype: torch.dtype) -> Layer:
+        """The layer to measure."""
+        return made_up(shape, context, dtype) if self.inputs == MODEL else synthetic(shape, context, dtype, self.effective_keys)
 
 
 def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, least_context: int) -> Case:
@@ -233,7 +239,7 @@ def run_cases(
         if compiled_for != (name, dtype_name):
             torch.compiler.reset()
             calls, compiled_for = make_calls(plan.tolerance, plan.accuracy), (name, dtype_name)
-        layer = synthetic(shape, context, dtype, plan.effective_keys)
+        layer = plan.layer(shape, context, dtype)
         yield measure(copies_of(layer, plan.footprint_mib), calls, plan, least_contexts[name, dtype_name])
 
 
@@ -314,6 +320,12 @@ def parse_dtype(name: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
+def parse_inputs(name: str) -> str:
+    if name not in (MODEL, INDEPENDENT):
+        raise typer.BadParameter(f"{name!r} is none of {MODEL}, {INDEPENDENT}")
+    return name
+
+
 def main(
     contexts: Annotated[str, typer.Option(help="Cache rows.")] = ",".join(map(str, CONTEXTS)),
     shapes: Annotated[str, typer.Option(help="Query heads/KV heads/head dimension.")] = ",".join(SHAPES),
@@ -324,7 +336,8 @@ def main(
     accuracy: Annotated[
         str | None, typer.Option(help="Dtype that the tolerance is measured in; the cache's if not given.")
     ] = None,
-    keys: Annotated[float, typer.Option(min=1.0, help="Effective number of keys of synthetic inputs.")] = EFFECTIVE_KEYS,
+    inputs: Annotated[str, typer.Option(help=f"{MODEL}: made up like a model's. {INDEPENDENT}: numbers.")] = MODEL,
+    keys: Annotated[float, typer.Option(min=1.0, help="Effective number of keys of independent inputs.")] = EFFECTIVE_KEYS,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant.")] = 15,
     burst_ms: Annotated[float, typer.Option(min=0.0, help="Length of a turn.")] = 50.0,
     footprint_mib: Annotated[float, typer.Option(min=0.0, help="Keep copies of K and V up to this size.")] = 512.0,
@@ -342,6 +355,7 @@ def main(
         footprint_mib=footprint_mib,
         tolerance=tolerance,
         accuracy=None if accuracy is None else parse_dtype(accuracy),
+        inputs=parse_inputs(inputs) if kv is None else str(kv),
         effective_keys=keys,
         max_gib=max_gib,
     )
@@ -365,7 +379,7 @@ def main(
         console.print(f"{name}: {description}")
     result = {
         "environment": asdict(describe()),
-        "plan": asdict(plan) | {"accuracy": accuracy, "inputs": str(kv) if kv is not None else "synthetic"},
+        "plan": asdict(plan) | {"accuracy": accuracy},
         "descriptions": DESCRIPTIONS,
         "cases": [asdict(case) | _derived(case) for case in cases],
     }

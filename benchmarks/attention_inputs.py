@@ -1,20 +1,24 @@
-"""Queries, keys and values for the attention benchmark: synthetic with a stated peakedness, or captured from a model.
+"""Queries, keys and values for the attention benchmark: made up like a model's, independent, or captured from a model.
 
-Synthetic: K, V and the direction of every query row are independent standard normal numbers. Real attention is peaked, and
-how much decides how few bytes are needed, so the queries are scaled until the *effective number of keys*, exp(entropy of the
-softmax weights), averaged over query heads, is ``effective_keys``. On SmolLM2-135M over 8000 tokens of Python source that
-average is 138 (median over layers and heads 27, 90th percentile 237), hence the default of 128 at every context length.
+Like a model's: as :mod:`alignedkv_compile.cost.inputs` says, which calibrations use too. Independent: K, V and the direction of
+every query row are independent standard normal numbers, and the queries of all heads are scaled by one factor until the
+*effective number of keys*, exp(entropy of the softmax weights), averaged over query heads, is ``effective_keys``. On
+SmolLM2-135M over 8000 tokens of Python source that average is 138, hence the default of 128; the median is 27.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from alignedkv_compile.cost.inputs import EFFECTIVE_KEYS as EFFECTIVE_KEYS
-from alignedkv_compile.cost.inputs import query_factor, spread
+from alignedkv_compile.cost import inputs as model_like
+
+EFFECTIVE_KEYS = 128.0
+"""Of independent inputs, on average over query heads."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ class Layer:
         return Layer(self.query.clone(), self.key.clone(), self.value.clone())
 
 
+def made_up(shape: Shape, context: int, dtype: torch.dtype, seed: int = 0) -> Layer:
+    """One layer of one sequence like a model's; arguments as for :func:`synthetic`."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = model_like.made_up_directions(shape.heads, shape.group, shape.head_dim, generator)
+    key, value = model_like.made_up_cache(shape.heads, context, shape.head_dim, shape.head_dim, dtype, generator)
+    factors = model_like.query_factors(_scores(direction.view(1, -1, 1, shape.head_dim), key[None], shape))
+    return Layer((direction * factors).view(1, -1, 1, shape.head_dim).to(dtype), key[None], value[None])
+
+
 def synthetic(
     shape: Shape,
     context: int,
@@ -77,7 +90,7 @@ def synthetic(
     batch: int = 1,
     device: torch.device | str = "cpu",
 ) -> Layer:
-    """One layer as the module's docstring says.
+    """One layer of independent numbers, as the module's docstring says.
 
     Args:
         shape: heads and head dimension.
@@ -105,7 +118,73 @@ def synthetic(
 
 def effective_keys(layer: Layer) -> float:
     """Mean over query heads of exp(entropy of the softmax weights)."""
-    return spread(_scores(layer.query.float(), layer.key, layer.shape))
+    return _spread(_scores(layer.query.float(), layer.key, layer.shape))
+
+
+def query_factor(scores: torch.Tensor, effective_keys: float = EFFECTIVE_KEYS) -> float:
+    """What queries have to be multiplied by for their weights to be spread over ``effective_keys`` rows on average.
+
+    Args:
+        scores: ``[..., rows]``, floating, scaled as the softmax takes them.
+        effective_keys: at most about ``rows``.
+    """
+
+    def too_small(factor: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(_spread(scores * float(factor)) > effective_keys)
+
+    return float(model_like.bisected(too_small, torch.zeros(())))
+
+
+def _spread(scores: torch.Tensor) -> float:
+    """Mean over rows of ``scores [..., rows]`` of exp(entropy of their softmax)."""
+    return float(model_like.effective_keys(scores).mean())
+
+
+@dataclass(frozen=True)
+class Peakedness:
+    """What decides how few bits a read of some layers needs.
+
+    Attributes:
+        median_keys, mean_keys, most_keys: effective number of keys over query heads, the last its 90th percentile.
+        spread_of_keys: standard deviation of its logarithm.
+        correlation: of the scores of two query heads that share a KV head, the median; NaN without such heads.
+        shared_value: share of V's squared length that lies in the mean over rows, the median over KV heads.
+    """
+
+    median_keys: float
+    mean_keys: float
+    most_keys: float
+    spread_of_keys: float
+    correlation: float
+    shared_value: float
+
+    def __str__(self) -> str:
+        return (
+            f"effective keys {self.median_keys:.3g} (median), {self.mean_keys:.3g} (mean), "
+            f"{self.most_keys:.3g} (90th percentile), standard deviation of their logarithm {self.spread_of_keys:.2f}; "
+            f"scores of a group correlate by {self.correlation:.2f}; share of V in its mean {self.shared_value:.2f}"
+        )
+
+
+def peakedness(layers: Sequence[Layer]) -> Peakedness:
+    """Measured over all heads of some layers."""
+    keys, correlations, shares = [], [], []
+    for layer in layers:
+        scores = _scores(layer.query.float(), layer.key, layer.shape)
+        keys.append(model_like.effective_keys(scores).flatten())
+        above = torch.ones(layer.shape.group, layer.shape.group).triu(1).bool()
+        correlations += [torch.corrcoef(rows).view_as(above)[above] for rows in scores]
+        value = layer.value.float()
+        shares.append((value.mean(2).square().sum(-1) / value.square().sum(-1).mean(2)).flatten())
+    every, between = torch.cat(keys), torch.cat(correlations)
+    return Peakedness(
+        float(every.median()),
+        float(every.mean()),
+        float(every.quantile(0.9)),
+        float(every.log().std()),
+        float(between.median()) if between.numel() else math.nan,
+        float(torch.cat(shares).median()),
+    )
 
 
 def captured(path: Path) -> list[Layer]:

@@ -22,6 +22,7 @@ from alignedkv_compile.demo.document import long_document
 from alignedkv_compile.demo.model import DemoUnavailableError, load_smollm2
 from alignedkv_compile.demo.prefill import prefill
 from alignedkv_compile.evaluate.texts import read_text
+from attention_inputs import captured, peakedness
 
 Layers = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Query, key and value of each layer."""
@@ -117,6 +118,7 @@ def main(
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found, path)
     console.print(f"{len(found['key'])} layers, {tuple(found['key'][0].shape)} {dtype}: {path}")
+    console.print(str(peakedness(captured(path))))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from alignedkv_compile.cost.inputs import query_factor
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
 from attention import empty_inductor_cache
+from attention_inputs import query_factor
 
 Variant = Callable[..., torch.Tensor]
 

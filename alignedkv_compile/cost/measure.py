@@ -24,7 +24,7 @@ from ..ops import aligned_read_attention
 from ..own_kernels import compile_alone
 from ..plane_builder import PLANE_BUILDER
 from .crossover import Timing
-from .inputs import query_factor
+from .inputs import made_up_cache, made_up_directions, query_factors
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 ROUNDS = 9
@@ -58,18 +58,18 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
     contexts = [context for context in CONTEXTS if heads * context * _row_bytes(read) <= LARGEST_CACHE] or [CONTEXTS[0]]
     with torch_private.real_tensors():
         generator = torch.Generator().manual_seed(0)
-        key, value, direction = (
-            torch.randn(1, heads, rows, dim, generator=generator).to(read.dtype)
-            for rows, dim in ((contexts[-1], read.key_dim), (contexts[-1], read.value_dim), (read.rows_per_head, read.key_dim))
+        direction = made_up_directions(heads, read.rows_per_head, read.key_dim, generator)[None].to(read.dtype)
+        key, value = (
+            rows[None] for rows in made_up_cache(heads, contexts[-1], read.key_dim, read.value_dim, read.dtype, generator)
         )
         planes = zeroed_arena(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, key.device)
         PLANE_BUILDER.rebuild(planes, key, value, contexts[-1])
         kernel = _compiled(read, accuracy, (_as_heads(direction), key, value, planes))
-        scores = direction.float() @ key.float().mT * read.key_dim**-0.5
+        scores = direction[0].float() @ key[0].float().mT * read.key_dim**-0.5
         flush = torch.ones(_flush_bytes() // 8, dtype=torch.int64)
         timings = []
         for context in contexts:
-            query = _as_heads(direction * query_factor(scores[..., :context]))
+            query = _as_heads(direction * query_factors(scores[..., :context]).to(read.dtype))
             timings.append(_time(context, partial(kernel, query, context), planes, flush))
         return tuple(timings)
 

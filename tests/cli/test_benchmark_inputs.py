@@ -37,6 +37,24 @@ def test_synthetic_attention_is_as_peaked_as_asked(inputs: ModuleType, dtype: to
     assert inputs.effective_keys(layer) == pytest.approx(target, rel=0.02)
 
 
+def test_layers_like_a_model_are_described_as_they_were_made(inputs: ModuleType):
+    layers = [inputs.made_up(inputs.Shape(9, 3, 32), 1024, torch.bfloat16, seed) for seed in range(8)]
+    assert layers[0].query.shape == (1, 9, 1, 32)
+    assert {tensor.dtype for tensor in (layers[0].query, layers[0].key, layers[0].value)} == {torch.bfloat16}
+    found = inputs.peakedness(layers)
+    assert found.median_keys == pytest.approx(inputs.model_like.MEDIAN_KEYS, rel=0.15)
+    assert found.median_keys < found.mean_keys < found.most_keys
+    assert found.correlation == pytest.approx(inputs.model_like.SHARED_DIRECTION, abs=0.15)
+    assert found.shared_value == pytest.approx(inputs.model_like.SHARED_VALUE, abs=0.05)
+    assert "effective keys" in str(found)
+
+
+def test_independent_layers_share_nothing(inputs: ModuleType):
+    found = inputs.peakedness([inputs.synthetic(inputs.Shape(6, 2, 32), 1024, torch.float32, 64.0)])
+    assert abs(found.correlation) < 0.2
+    assert found.shared_value < 0.01
+
+
 def test_exact_attention_is_softmax_attention_per_group(inputs: ModuleType):
     layer = inputs.synthetic(inputs.Shape(6, 2, 32), 64, torch.float32, 16.0)
     expected = torch.nn.functional.scaled_dot_product_attention(

@@ -10,7 +10,6 @@ import alignedkv_compile
 from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.cost import measure as measuring
 from alignedkv_compile.cost import options as priced_options
-from alignedkv_compile.cost.inputs import query_factor, spread
 from alignedkv_compile.cost.measure import Accuracy, heads_of_a_call, measure
 from alignedkv_compile.cost.records import Records
 
@@ -42,11 +41,6 @@ def test_a_call_has_several_heads_for_each_thread_where_the_model_and_the_memory
     assert heads(32, 576) == 3, "of 384 MiB, each head takes 108"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert heads(32, 576) == 16, "one for each thread in any case"
-
-
-def test_queries_spread_over_as_many_rows_as_asked_for() -> None:
-    scores = torch.randn(6, 4096, generator=torch.Generator().manual_seed(1))
-    assert spread(scores * query_factor(scores, 100.0)) == pytest.approx(100, rel=0.01)
 
 
 def test_compiling_a_model_measures_and_the_report_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
