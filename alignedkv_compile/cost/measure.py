@@ -27,7 +27,7 @@ from .crossover import Timing
 from .inputs import made_up_cache, made_up_directions, query_factors
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
-ROUNDS = 9
+ROUNDS = 25
 LARGEST_CACHE = 384 * 2**20
 """Bytes of K, V and planes at most; longer contexts are left to the trend."""
 TURNS = 4
