@@ -1,4 +1,4 @@
-"""From which context on the aligned read is the faster one, by times of both at some contexts."""
+"""From which context on the aligned read is worth taking, by times of both at some contexts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from ..break_even import LEAST_CONTEXT, NEVER
 
 FARTHEST = 4
 """How many times beyond the longest measured context a trend is believed."""
+
+WORTHWHILE = 1.05
+"""How many times as fast as the stream the aligned read has to be. A model whose attention is less peaked than what was timed
+gains less; and where the stream is taken although the other would be the faster one, it is slower by no more than this."""
 
 TREND_POINTS = 3
 """How many of the longest contexts a trend is taken from."""
@@ -33,7 +37,7 @@ class Timing:
 
 
 def least_context(timings: Sequence[Timing]) -> int:
-    """Rows from which on the aligned read is the faster one, at every longer measured context too.
+    """Rows from which on the aligned read is :data:`WORTHWHILE` times as fast, at every longer measured context too.
 
     Between two contexts log(ratio) is taken to be a line over log(context). Where the stream still wins at the longest one, the
     least squares line through the last :data:`TREND_POINTS` is followed, :data:`FARTHEST` times as far at most.
@@ -45,7 +49,7 @@ def least_context(timings: Sequence[Timing]) -> int:
         A number of rows, at least :data:`~alignedkv_compile.break_even.LEAST_CONTEXT`;
         :data:`~alignedkv_compile.break_even.NEVER` where no trend leads to a gain.
     """
-    points = [(math.log(each.context), math.log(each.ratio)) for each in timings]
+    points = [(math.log(each.context), math.log(each.ratio * WORTHWHILE)) for each in timings]
     if points[-1][1] >= 0:
         return _by_trend(points[-TREND_POINTS:])
     for (x0, y0), (x1, y1) in reversed(list(itertools.pairwise(points))):

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 
 from alignedkv_compile.break_even import LEAST_CONTEXT, NEVER
-from alignedkv_compile.cost.crossover import FARTHEST, Timing, least_context
+from alignedkv_compile.cost.crossover import FARTHEST, WORTHWHILE, Timing, least_context
 
 
 def timings(*ratios: float, first: int = 1024) -> list[Timing]:
-    return [Timing(first << number, ratio, 1.0, ratio) for number, ratio in enumerate(ratios)]
+    """Of an aligned read that takes so many times what would just be worthwhile."""
+    times = [ratio / WORTHWHILE for ratio in ratios]
+    return [Timing(first << number, time, 1.0, time) for number, time in enumerate(times)]
+
+
+def test_a_gain_that_another_model_may_not_have_is_none() -> None:
+    assert least_context([Timing(1024, 1.0, 1.0, 0.99 / WORTHWHILE)]) == 1024
+    assert least_context([Timing(1024, 1.0, 1.0, 1.01 / WORTHWHILE)]) == NEVER
 
 
 def test_between_two_contexts_it_is_where_the_line_of_the_logarithms_crosses() -> None:
