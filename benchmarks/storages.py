@@ -36,7 +36,7 @@ from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.plane_builder import PLANE_BUILDER
 from alignedkv_compile.storage import PACKED, STORAGES
 from attention import empty_inductor_cache
-from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, exact_attention, synthetic
+from attention_inputs import Layer, Shape, captured, exact_attention, made_up
 
 BESIDE = "beside"
 Step = Callable[[], torch.Tensor]
@@ -132,7 +132,7 @@ def main(
     tolerance: Annotated[float, typer.Option(min=0.0, help="Of the read.")] = 2.0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant.")] = 15,
     footprint_mib: Annotated[float, typer.Option(help="16-bit bytes of all copies of a layer together.")] = 256.0,
-    kv: Annotated[Path | None, typer.Option(help="Layers captured by capture.py, instead of synthetic ones.")] = None,
+    kv: Annotated[Path | None, typer.Option(help="Layers captured by capture.py, instead of made-up ones.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
 ) -> None:
     """Compare ways to hold a cache. Run on an otherwise idle machine."""
@@ -164,7 +164,7 @@ def main(
 
 def _copies(shape: str, context: int, dtype: str, footprint_mib: float) -> list[Layer]:
     heads = Shape(*map(int, shape.split("/")))
-    layer = synthetic(heads, context, getattr(torch, dtype), EFFECTIVE_KEYS)
+    layer = made_up(heads, context, getattr(torch, dtype))
     return [layer.clone() for _ in range(max(1, min(64, int(footprint_mib * 2**20 / layer.bytes_full))))]
 
 
