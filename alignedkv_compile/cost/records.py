@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ from .. import lowering, torch_private
 from ..break_even import ReadShape
 from ..lowering.isa import chosen_isa
 from ..processor import processor
+from . import inputs, measure
 from .crossover import Timing, least_context
 from .measure import Accuracy, heads_of_a_call
 
@@ -86,14 +89,14 @@ class Records:
         self._lock = threading.RLock()
         self._known: dict[tuple[str, Kind], Record] = {}
 
-    def find_or(self, kind: Kind, measure: Callable[[], tuple[Timing, ...]]) -> Record:
-        """The record of a kind; the first time on a machine ``measure`` makes it."""
+    def find_or(self, kind: Kind, timed: Callable[[], tuple[Timing, ...]]) -> Record:
+        """The record of a kind; the first time on a machine ``timed`` makes it."""
         machine = machine_key()
         with self._lock:
             if (machine, kind) not in self._known:
                 self._known |= {(machine, record.kind): record for record in self.all()}
             if (machine, kind) not in self._known:
-                record = Record(kind, measure())
+                record = Record(kind, timed())
                 self._known[machine, kind] = record
                 self._write([*self.all(), record])
             return self._known[machine, kind]
@@ -110,7 +113,7 @@ class Records:
 
     @staticmethod
     def path() -> Path:
-        """The file of this machine, instruction set, number of threads, and version of torch and of the kernels."""
+        """The file of this machine, instruction set, threads, version of torch and of the kernels, and way of timing them."""
         return torch_private.cache_folder() / "alignedkv" / f"costs-{machine_key()}.json"
 
     def _write(self, records: list[Record]) -> None:
@@ -134,7 +137,17 @@ def machine() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
         "kernels": lowering.source_hash().hex(),
+        "timed by": _method(),
     }
+
+
+@functools.cache
+def _method() -> str:
+    """Hash of what is timed and how."""
+    digest = hashlib.sha256()
+    for module in (inputs, measure):
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
 
 
 def machine_key() -> str:

@@ -14,7 +14,7 @@ from alignedkv_compile import torch_private
 from alignedkv_compile.break_even import LEAST_CONTEXT, MOST_ALIGNED_QUERY_ROWS, NEVER, ReadShape
 from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost import priced, records
-from alignedkv_compile.cost.crossover import Timing
+from alignedkv_compile.cost.crossover import Timing, least_context
 from alignedkv_compile.cost.measure import Accuracy
 from alignedkv_compile.cost.records import Records, kind_of
 from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE as ISA_VARIABLE
@@ -23,6 +23,7 @@ from alignedkv_compile.options import Options
 READ = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 4, 64, 64)
 KIND = kind_of(READ, Accuracy(2.0, 2.0**-8))
 TIMINGS = (Timing(1024, 2.0, 1.0, 2.0), Timing(4096, 1.0, 2.0, 0.5))
+LEAST = least_context(TIMINGS)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_a_second_process_reads_what_the_first_has_measured() -> None:
     first = Records().find_or(KIND, Counting())
     second = Records().find_or(KIND, never)
     assert second == first
-    assert second.least_context == 2048
+    assert second.least_context == LEAST
     assert Records().all() == [first]
 
 
@@ -85,15 +86,23 @@ def test_a_file_that_cannot_be_read_is_replaced(text: str, caplog: pytest.LogCap
 
 def test_a_folder_that_cannot_be_written_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "alignedkv").write_text("in the way")
-    assert Records().find_or(KIND, Counting()).least_context == 2048
+    assert Records().find_or(KIND, Counting()).least_context == LEAST
     assert "could not be kept" in caplog.text
+
+
+def test_another_way_of_timing_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    Records().find_or(KIND, Counting())
+    monkeypatch.setattr(records, "_method", lambda: "another")
+    counting = Counting()
+    Records().find_or(KIND, counting)
+    assert counting.calls == 1
 
 
 def test_options_ask_once_for_each_kind_of_read(monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
     monkeypatch.setattr(priced_options, "measure", counting)
     options = priced(Options())
-    assert [options.least_context(READ), options.least_context(READ)] == [2048, 2048]
+    assert [options.least_context(READ), options.least_context(READ)] == [LEAST, LEAST]
     assert options.without_planes.tolerance == 0
     assert counting.calls == 1
 
