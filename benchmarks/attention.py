@@ -35,14 +35,23 @@ from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
 from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.options import Options
-from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, captured, effective_keys, exact_attention, made_up, synthetic
+from attention_inputs import (
+    EFFECTIVE_KEYS,
+    INDEPENDENT,
+    MODEL,
+    Layer,
+    Shape,
+    captured,
+    effective_keys,
+    exact_attention,
+    layer_of,
+)
 from attention_variants import ALIGNED, DESCRIPTIONS, STREAM, Call, Prepared, make_calls, prepare
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SHAPES = ("32/8/128", "32/32/128", "9/3/64")
 SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DTYPES = tuple(SHORT_DTYPE)
-MODEL, INDEPENDENT = "model", "independent"
 QUICK_CASES = (("32/8/128", 16384, "bfloat16"), ("9/3/64", 16384, "float32"))
 MAX_COPIES = 64
 
@@ -120,10 +129,6 @@ class Plan:
     inputs: str
     effective_keys: float
     max_gib: float
-
-    def layer(self, shape: Shape, context: int, dtype: torch.dtype) -> Layer:
-        """The layer to measure."""
-        return made_up(shape, context, dtype) if self.inputs == MODEL else synthetic(shape, context, dtype, self.effective_keys)
 
 
 def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, least_context: int) -> Case:
@@ -239,7 +244,7 @@ def run_cases(
         if compiled_for != (name, dtype_name):
             torch.compiler.reset()
             calls, compiled_for = make_calls(plan.tolerance, plan.accuracy), (name, dtype_name)
-        layer = plan.layer(shape, context, dtype)
+        layer = layer_of(plan.inputs, shape, context, dtype, plan.effective_keys)
         yield measure(copies_of(layer, plan.footprint_mib), calls, plan, least_contexts[name, dtype_name])
 
 

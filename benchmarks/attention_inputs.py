@@ -17,6 +17,9 @@ import torch
 
 from alignedkv_compile.cost import inputs as model_like
 
+MODEL, INDEPENDENT = "model", "independent"
+"""Kinds of made-up layers, as the option ``--inputs`` names them."""
+
 EFFECTIVE_KEYS = 128.0
 """Of independent inputs, on average over query heads."""
 
@@ -70,6 +73,11 @@ class Layer:
     def clone(self) -> Layer:
         """The same numbers in memory of their own."""
         return Layer(self.query.clone(), self.key.clone(), self.value.clone())
+
+
+def layer_of(inputs: str, shape: Shape, context: int, dtype: torch.dtype, effective_keys: float) -> Layer:
+    """A layer like a model's (:data:`MODEL`), or of independent numbers with so many effective keys."""
+    return made_up(shape, context, dtype) if inputs == MODEL else synthetic(shape, context, dtype, effective_keys)
 
 
 def made_up(shape: Shape, context: int, dtype: torch.dtype, seed: int = 0) -> Layer:

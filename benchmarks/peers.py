@@ -25,8 +25,18 @@ from rich.progress import track
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe, machine
 from alignedkv_compile.ops import COUNTER_FIELDS
-from attention import DTYPES, MAX_COPIES, SHAPES, copies_of, empty_inductor_cache, parse_dtype, parse_shape, summarize
-from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, effective_keys, exact_attention, synthetic
+from attention import (
+    DTYPES,
+    MAX_COPIES,
+    SHAPES,
+    copies_of,
+    empty_inductor_cache,
+    parse_dtype,
+    parse_inputs,
+    parse_shape,
+    summarize,
+)
+from attention_inputs import EFFECTIVE_KEYS, INDEPENDENT, MODEL, Layer, Shape, effective_keys, exact_attention, layer_of
 from attention_variants import ALIGNED, Prepared, prepare
 from peers_base import Copy, Opening, Peer, PeerRefusalError, version
 from peers_ggml import ggml_peers, load
@@ -50,6 +60,7 @@ class Settings:
     turn_ms: float
     footprint_mib: float
     tolerance: float
+    inputs: str
     effective_keys: float
     max_gib: float
 
@@ -217,7 +228,8 @@ def main(
     only: Annotated[str, typer.Option(help="Peers whose names begin so, separated by commas; all if not given.")] = "",
     ggml: Annotated[Path | None, typer.Option(help="Folder with libggml-base.so and libggml-cpu.so of your own.")] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Of the aligned read.")] = 2.0,
-    keys: Annotated[float, typer.Option(min=1.0, help="Effective number of keys of the inputs.")] = EFFECTIVE_KEYS,
+    inputs: Annotated[str, typer.Option(help=f"{MODEL}: made up like a model's. {INDEPENDENT}: numbers.")] = MODEL,
+    keys: Annotated[float, typer.Option(min=1.0, help="Effective number of keys of independent inputs.")] = EFFECTIVE_KEYS,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every peer.")] = 15,
     turn_ms: Annotated[float, typer.Option(min=0.0, help="Length of a turn.")] = 100.0,
     footprint_mib: Annotated[float, typer.Option(min=0.0, help="Copies that each peer keeps, in all.")] = 512.0,
@@ -230,7 +242,7 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     console = open_console()
-    settings = Settings(dtype, rounds, turn_ms, footprint_mib, tolerance, keys, max_gib)
+    settings = Settings(dtype, rounds, turn_ms, footprint_mib, tolerance, parse_inputs(inputs), keys, max_gib)
     of_layer = parse_dtype(dtype)
     grid = [(parse_shape(name), int(context)) for name in shapes.split(",") for context in contexts.split(",")]
     peers = chosen_peers(all_peers(tolerance, torch.get_num_threads(), ggml), only)
@@ -247,7 +259,7 @@ def main(
                 torch.compiler.reset()
                 openings, refused = open_peers(peers, shape, of_layer)
                 opened_for = shape
-            cases.append(measure(synthetic(shape, context, of_layer, keys), openings, refused, settings))
+            cases.append(measure(layer_of(inputs, shape, context, of_layer, keys), openings, refused, settings))
             # After each case: a library that ends the process takes no finished case with it.
             _write_json(json_path, to_json(cases, peers, settings, _ggml_version(torch.get_num_threads(), ggml)))
     for table in tables(cases, [peer.name for peer in peers]):
