@@ -28,7 +28,7 @@ from attention_variants import Prepared  # isort: skip
 from peers_base import Copy, Peer, PeerRefusalError, require  # isort: skip
 
 SCRIPT = Path(peers.__file__)
-SETTINGS = peers.Settings("bfloat16", 1, 0.0, 1.0, 2.0, 16.0, 24.0)
+SETTINGS = peers.Settings("bfloat16", 1, 0.0, 1.0, 2.0, peers.INDEPENDENT, 16.0, 24.0)
 
 
 def measured(ms: float, error: float = 1e-3, share: float = 1.0) -> Measured:
