@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 from .. import break_even
 from ..break_even import ReadShape
-from ..lowering.isa import chosen_isa, streams_by_tiles
+from ..lowering.isa import chosen_isa, machine_isa, streams_by_tiles
 from ..options import Options
 from .crossover import Timing
 from .measure import Accuracy, measure
@@ -57,18 +57,19 @@ class MeasuredOptions(Options):
         return read.device.type == "cpu" and self.min_context is None and not self.certified
 
 
-MOST_QUERY_ROWS = {"amx": 16, "avx512": 8, "avx2": 16, "portable": 4}
-"""New tokens up to which a read of every bit beats stock attention, by the best instruction set of a machine
-(``make bench-rows``): with AVX2, stock has no products of 16 bits either."""
+MOST_QUERY_ROWS = {"amx": 16, "avx512": 16, "avx2": 16, "portable": 4}
+"""New tokens up to which a read of every bit beats stock attention, by the instruction set that it is written for
+(``make bench-rows``)."""
+MOST_BESIDE_TILES = {"amx": 8, "avx512": 8, "avx2": 4, "portable": 4}
+"""The same on a machine whose stock attention multiplies matrix tiles, where this read does not."""
 
 
 def most_query_rows(read: ReadShape) -> int:
-    """New tokens up to which a CPU's read of a cache beats stock attention; with AMX, fewer where it goes without tiles."""
+    """New tokens up to which a CPU's read of a cache beats stock attention."""
     isa = chosen_isa()
     longest = replace(read, query_rows=MOST_QUERY_ROWS[isa])
-    if isa == "amx" and not streams_by_tiles(read.dtype, longest.rows_per_head, read.key_dim, read.value_dim):
-        isa = "avx512"
-    return MOST_QUERY_ROWS[isa]
+    tiled = streams_by_tiles(read.dtype, longest.rows_per_head, read.key_dim, read.value_dim)
+    return (MOST_QUERY_ROWS if tiled or machine_isa() != "amx" else MOST_BESIDE_TILES)[isa]
 
 
 def priced(options: Options) -> Options:

@@ -122,20 +122,24 @@ def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least
 
 
 @pytest.mark.parametrize(
-    ("isa", "kind", "most"),
+    ("machine", "isa", "kind", "most"),
     [
-        ("amx", {}, 16),
-        ("amx", {"dtype": torch.float32}, 8),
-        ("amx", {"key_dim": 80}, 8),
-        ("avx512", {}, 8),
-        ("avx2", {}, 16),
-        ("portable", {"dtype": torch.float16}, 4),
+        ("amx", "amx", {}, 16),
+        ("amx", "amx", {"dtype": torch.float32}, 8),
+        ("amx", "amx", {"key_dim": 80}, 8),
+        ("amx", "avx512", {}, 8),
+        ("amx", "avx2", {}, 4),
+        ("avx512", "avx512", {}, 16),
+        ("avx512", "avx2", {}, 16),
+        ("avx2", "avx2", {}, 16),
+        ("avx2", "portable", {"dtype": torch.float16}, 4),
     ],
 )
 def test_long_queries_are_left_to_stock_attention(
-    isa: str, kind: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
+    machine: str, isa: str, kind: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ISA_VARIABLE, isa)
+    monkeypatch.setattr(priced_options, "machine_isa", lambda: machine)
     read = replace(READ, **kind)
     for options in (Options(), Options(tolerance=0.0)):
         assert priced(options).most_query_rows(read) == most
