@@ -1,6 +1,6 @@
 """Memory for plane arenas, in huge pages where the system gives them on request.
 
-An aligned read goes through ten sections of an arena, and in some of them from listed row to listed row: with pages of 4 KiB
+An aligned read goes through several sections of an arena, in some of them from listed row to listed row: with pages of 4 KiB
 much of its time is spent looking up addresses.
 """
 
@@ -19,7 +19,7 @@ HUGE_PAGE = 2 * 2**20
 
 def zeroed_arena(total: int, device: torch.device) -> torch.Tensor:
     """uint8 ``[total]``, all zero: an arena whose planes are stale."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # traced code has no addresses
         return torch.zeros(total, dtype=torch.uint8, device=device)
     return unwritten_arena(total, device).zero_()
 

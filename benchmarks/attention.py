@@ -230,7 +230,7 @@ def default_context(shape: Shape, dtype: torch.dtype, plan: Plan) -> int:
 def run_cases(
     cases: Sequence[tuple[str, int, str]], plan: Plan, least_contexts: Mapping[tuple[str, str], int], console: Console
 ) -> Iterator[Case]:
-    """Measure synthetic cases; graphs are kept from one context to the next and dropped between shapes and dtypes."""
+    """Measure made-up cases; graphs are kept from one context to the next and dropped between shapes and dtypes."""
     calls: dict[str, Call] = {}
     compiled_for: tuple[str, str] | None = None
     for name, context, dtype_name in track(cases, "measuring", console=console):

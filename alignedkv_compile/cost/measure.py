@@ -28,6 +28,7 @@ from .inputs import made_up_cache, made_up_directions, query_factors
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 ROUNDS = 25
+"""Turns of each read at each context; with 9, one noisy context could move the crossover by half."""
 LARGEST_CACHE = 384 * 2**20
 """Bytes of K, V and planes at most; longer contexts are left to the trend."""
 TURNS = 4

@@ -97,3 +97,13 @@ def test_script_refuses_bad_shapes():
     result = run_script("--shapes", "5/2/32", "--contexts", "64")
     assert result.returncode != 0
     assert "multiple of KV heads" in result.stderr + result.stdout
+
+
+def test_kinds_of_inputs_are_those_that_there_are(inputs: ModuleType):
+    shape, dtype = inputs.Shape(6, 2, 32), torch.float32
+    layers = {kind: inputs.layer_of(kind, shape, 64, dtype, 16.0) for kind in (inputs.MODEL, inputs.INDEPENDENT)}
+    assert torch.equal(layers[inputs.MODEL].value, inputs.made_up(shape, 64, dtype).value)
+    assert torch.equal(layers[inputs.INDEPENDENT].value, inputs.synthetic(shape, 64, dtype, 16.0).value)
+    result = run_script("--inputs", "random", "--shapes", "6/2/32", "--contexts", "64")
+    assert result.returncode != 0
+    assert "none of model, independent" in result.stderr + result.stdout
