@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch.fx
 from torch.fx import GraphModule, Node
 
-_MODULE_ATTRIBUTES = ("_param_name_to_source", "_backend_id")
-"""What AOTAutograd looks up on the module by name."""
+_SOURCES = "_param_name_to_source"
+"""What AOTAutograd looks up on the module by name. The other such name, ``_backend_id``, stays behind: under it
+``torch._dynamo.config.caching_precompile`` would store the rewritten graph for a later process to call in place of the whole
+backend, without the inputs that the runtime adds."""
 
 
 def copy_graph(module: GraphModule) -> GraphModule:
@@ -29,7 +31,6 @@ def copy_graph(module: GraphModule) -> GraphModule:
             copied._dynamo_source = original._dynamo_source
     result = GraphModule(module, graph)
     result.meta.update(module.meta)
-    for name in _MODULE_ATTRIBUTES:
-        if hasattr(module, name):
-            setattr(result, name, getattr(module, name))
+    if hasattr(module, _SOURCES):
+        setattr(result, _SOURCES, getattr(module, _SOURCES))
     return result

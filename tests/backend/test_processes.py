@@ -32,6 +32,7 @@ args = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 
 with torch.no_grad():
     output = compiled(*args)
     torch.testing.assert_close(output, step(*args), rtol=1e-5, atol=1e-5)
+torch.compiler.save_cache_artifacts()
 from torch._dynamo.utils import counters
 from alignedkv_compile import report
 print(json.dumps(dict(counters["aot_autograd"]) | dict(counters["inductor"]) | dict(rewritten=report().rewritten)))
@@ -78,6 +79,13 @@ def test_the_name_is_enough_and_caches_hit_until_an_option_or_a_template_changes
     edited, _ = run(cache, PYTHONPATH=path)
     assert "autograd_cache_hit" not in edited
     assert edited["fxgraph_cache_miss"] == 1
+
+
+@pytest.mark.slow
+def test_precompiled_graphs_of_an_earlier_process_do_not_pass_by_the_runtime(tmp_path: Path) -> None:
+    """A rewritten graph called in place of the whole backend would lack its planes."""
+    for _ in range(2):
+        run(tmp_path / "cache", "{'tolerance': 0.0, 'share_layers': False}", TORCH_CACHING_PRECOMPILE="1")
 
 
 def copy_of_the_package(folder: Path) -> Path:
