@@ -129,21 +129,51 @@ class Where:
 
 
 @dataclass(frozen=True)
+class CacheRows:
+    """K and V in cache tensors.
+
+    Attributes:
+        key, value: places of these tensors.
+    """
+
+    key: Where
+    value: Where
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """K and V in an arena that is the cache.
+
+    Attributes:
+        planes: the arena's place.
+        capacity: its rows for each head, or their place.
+        heads, value_dim, dtype, storage: constants of the read, see :data:`alignedkv_compile.ops.packed_read_attention`.
+    """
+
+    planes: Where
+    capacity: int | Where
+    heads: int
+    value_dim: int
+    dtype: torch.dtype
+    storage: str
+
+
+@dataclass(frozen=True)
 class ShadowRead:
     """Where a shadow check finds what one read read and made.
 
     Attributes:
         site: the line of the report.
-        query, key, value, result: places of these tensors.
-        mask, sinks: likewise, or None when the read has none.
+        query, result: places of these tensors.
+        rows: where K and V are.
+        mask, sinks: places, or None when the read has none.
         length: live rows, or their place.
         scale, softcap, unit_roundoff: constants of the read.
     """
 
     site: int
     query: Where
-    key: Where
-    value: Where
+    rows: CacheRows | PackedRows
     mask: Where | None
     sinks: Where | None
     result: Where

@@ -14,12 +14,11 @@ from torch import library
 
 from . import ops
 from .arena import ArenaViews, arena_views
-from .layout import PLANES_VALID, ArenaLayout, arena_layout
+from .layout import PLANES_VALID, arena_layout
 from .reference_head import ReadCounts, head_calls, read_full
 from .reference_read import read_aligned
 from .reference_worst_case import read_certified
-from .reference_write import held_rows
-from .storage import STORAGES
+from .reference_write import cache_rows
 
 
 @library.impl(f"{ops.NAMESPACE}::aligned_read_attention", "CompositeExplicitAutograd")
@@ -99,9 +98,7 @@ def _packed_attention(
 ) -> torch.Tensor:
     """The read of an arena that is the cache: what the others read from cache tensors is decoded first."""
     batch, key_dim = query.shape[0], query.shape[3]
-    layout = ArenaLayout(batch * heads, capacity, key_dim, value_dim, STORAGES[storage], dtype.itemsize)
-    views = arena_views(planes, layout)
-    keys, values = (rows.unflatten(0, (batch, heads)) for rows in held_rows(views, layout, slice(None), length, dtype))
+    views, layout, keys, values = cache_rows(planes, batch, heads, key_dim, value_dim, dtype, storage, capacity, length)
     return _read_heads(query, keys, values, views, mask, sinks, length, *numbers, stored_row=layout.stored_row, counts=counts)
 
 

@@ -219,6 +219,24 @@ def held_rows(
     return hadamard(key).to(dtype), value.to(dtype)
 
 
+def cache_rows(
+    planes: torch.Tensor,
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    storage: str,
+    capacity: int,
+    length: int,
+) -> tuple[ArenaViews, ArenaLayout, torch.Tensor, torch.Tensor]:
+    """An arena that is the cache, and K and V of its first ``length`` rows as cache tensors: ``[B, H, length, D]``."""
+    layout = ArenaLayout(batch * heads, capacity, key_dim, value_dim, STORAGES[storage], dtype.itemsize)
+    views = arena_views(planes, layout)
+    key, value = (rows.unflatten(0, (batch, heads)) for rows in held_rows(views, layout, slice(None), length, dtype))
+    return views, layout, key, value
+
+
 def _dequantized(
     hi: torch.Tensor, mid: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor, has_mid: torch.Tensor
 ) -> torch.Tensor:

@@ -19,13 +19,15 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from .contract import ShadowRead, Where
+from .contract import PackedRows, ShadowRead, Where
 from .counter_ledger import GraphKey
 from .precision import KAPPA
 from .reference_head import ReadCounts, head_calls, read_full
+from .reference_write import cache_rows
 
 _log = logging.getLogger(__name__)
 
@@ -207,11 +209,22 @@ class Shadow:
         SHADOW_LOG.add(self._key, check)
 
     def _error(self, read: ShadowRead, find: Callable[[Where | None], object]) -> float:
-        tensors = {name: find(getattr(read, name)) for name in ("query", "key", "value", "mask", "sinks", "result")}
-        length = read.length if isinstance(read.length, int) else find(read.length)
+        tensors: dict[str, Any] = {name: find(getattr(read, name)) for name in ("query", "mask", "sinks", "result")}
+
+        def number(value: int | Where) -> int:
+            return value if isinstance(value, int) else int(find(value))  # type: ignore[call-overload]
+
+        length, rows = number(read.length), read.rows
+        if isinstance(rows, PackedRows):
+            batch, key_dim = tensors["query"].shape[0], tensors["query"].shape[3]
+            constants = (batch, rows.heads, key_dim, rows.value_dim, rows.dtype, rows.storage)
+            planes: Any = find(rows.planes)
+            _, _, tensors["key"], tensors["value"] = cache_rows(planes, *constants, number(rows.capacity), length)
+        else:
+            tensors |= {"key": find(rows.key), "value": find(rows.value)}
         return read_error(
-            **tensors,  # type: ignore[arg-type]
-            length=int(length),  # type: ignore[call-overload]
+            **tensors,
+            length=length,
             scale=read.scale,
             softcap=read.softcap,
             tolerance=self._tolerance,

@@ -176,6 +176,30 @@ def test_every_layer_of_a_model(tiny_llama: Any, kind: str, checks: list[ShadowC
     assert all(set(check.errors) == {0, 1} and 0 < check.worst <= 1 for check in checks)
 
 
+@pytest.mark.parametrize(
+    ("mode", "room"),
+    [("8bit", None), pytest.param("lossless", ROWS, marks=pytest.mark.slow), pytest.param("4bit+", ROWS, marks=pytest.mark.slow)],
+)
+def test_planes_that_are_the_cache(tiny_llama: Any, mode: str, room: int | None, checks: list[ShadowCheck]) -> None:
+    """They are decoded by eager code; what a storage has lost is no error of the read."""
+    torch.manual_seed(1)
+    prompt, tokens = torch.randint(0, 64, (1, LIVE)), torch.randint(0, 64, (4, 1, 1))
+    logits = []
+    for every in (0, 1):
+        torch._dynamo.reset()
+        options = {**OPTIONS, "shadow_every": every, "strict": True}
+        compiled = torch.compile(tiny_llama.forward, backend="alignedkv", options=options)
+        cache = alignedkv_compile.Cache(tiny_llama.config, mode, room)
+        tiny_llama(input_ids=prompt, past_key_values=cache)
+        logits.append([])
+        for token in tokens:
+            cache.get_seq_length()  # makes room, as generate does
+            logits[-1].append(compiled(input_ids=token, past_key_values=cache).logits)
+    assert all(torch.equal(without, with_checks) for without, with_checks in zip(*logits, strict=True))
+    assert len(checks) == len(tokens)
+    assert all(set(check.errors) == {0, 1} and 0 < check.worst <= 1 for check in checks)
+
+
 @pytest.mark.slow
 def test_a_certified_read_stays_within_its_bound(steps: Any, checks: list[ShadowCheck]) -> None:
     compiled = compile_step(steps.static, guarantee="worst_case", tolerance=64.0, shadow_every=1)

@@ -63,7 +63,7 @@ def test_operands_and_result_come_behind_the_outputs(
     assert operations(plain.last.module) == operations(shadowed.last.module)
     outputs = [harness.last.module.graph.output_node().args[0] for harness in (plain, shadowed)]
     (read,) = shadowed.last.shadow
-    places = Counter(place.is_output for place in (read.query, read.key, read.value, read.result))
+    places = Counter(place.is_output for place in (read.query, read.rows.key, read.rows.value, read.result))
     assert places == {True: 2, False: 2}, "query and result are computed, K and V are inputs"
     assert len(outputs[1]) == len(outputs[0]) + 2 + (kind == "static"), "and the mask"
     assert read.site == 0
