@@ -178,7 +178,11 @@ def test_every_layer_of_a_model(tiny_llama: Any, kind: str, checks: list[ShadowC
 
 @pytest.mark.parametrize(
     ("mode", "room"),
-    [("8bit", None), pytest.param("lossless", ROWS, marks=pytest.mark.slow), pytest.param("4bit+", ROWS, marks=pytest.mark.slow)],
+    [
+        ("8bit", None),
+        pytest.param("lossless", ROWS, marks=pytest.mark.slow),
+        pytest.param("4bit+", ROWS, marks=pytest.mark.slow),
+    ],
 )
 def test_planes_that_are_the_cache(tiny_llama: Any, mode: str, room: int | None, checks: list[ShadowCheck]) -> None:
     """They are decoded by eager code; what a storage has lost is no error of the read."""

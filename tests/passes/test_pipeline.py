@@ -43,7 +43,9 @@ def test_the_copy_carries_what_dynamo_and_aotautograd_look_up(harness) -> None:
         assert left.meta == right.meta
         assert getattr(left, "_dynamo_source", None) is getattr(right, "_dynamo_source", None)
     assert copied._param_name_to_source is original._param_name_to_source
-    assert not hasattr(copied, "_backend_id"), "under it a later process would call the rewritten graph as if it were the original"
+    assert not hasattr(copied, "_backend_id"), (
+        "under it a later process would call the rewritten graph as if it were the original"
+    )
 
 
 def test_decisions_are_logged(harness, caplog) -> None:
