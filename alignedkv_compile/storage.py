@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 WINDOW = 128
 """Rows at either end of a ``4bit+`` cache that keep eight bits: attention sinks stand at its start, what is being written at
 its end. A power of two, for the ring of the latter."""
@@ -34,6 +36,10 @@ class Storage:
     packed: bool = True
     residual: bool = False
     windowed: bool = False
+
+    def has_triton(self, dtype: torch.dtype) -> bool:
+        """Whether kernels for GPUs write and read such an arena, if the cache's numbers are of ``dtype``."""
+        return not self.residual or dtype == torch.bfloat16
 
 
 BESIDE = Storage("beside", packed=False)

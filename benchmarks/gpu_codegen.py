@@ -403,6 +403,9 @@ def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype, queries
                 {"quantize_on_write", "finish", "repair"},
             ),
         }
+        if dtype == torch.bfloat16:
+            lossless = PackedCall(dim, queries=queries, dtype=dtype, storage="lossless")
+            calls[" lossless"] = (lossless, {"quantize_on_write", "raw", "scan", "finish", "repair"})
         for suffix, (call, wanted) in calls.items():
             found = [(name, source) for name, source in kernels(generate(call)) if _template_name(source) in wanted]
             made = [compile_kernel(name, source, target, dim) for name, source in found]

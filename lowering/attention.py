@@ -276,8 +276,9 @@ def _lowering(lower: Callable[..., ir.TensorBox], *extras: str) -> Callable[...,
 def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, constants: Constants) -> ir.TensorBox:
     from .triton.attention import Read  # triton need not be installed for CPUs
 
-    if "bounds" in inputs or constants.arena.storage.residual:
-        what = "certified_read_attention" if "bounds" in inputs else "packed_read_attention of lossless rows"
+    certified = "bounds" in inputs
+    if certified or not constants.arena.storage.has_triton(constants.dtype):
+        what = "certified_read_attention" if certified else f"packed_read_attention of lossless rows of {constants.dtype}"
         raise NotImplementedError(f"{what} has generated C++ only; call it outside torch.compile on this device")
     mask = inputs.get("mask")
     strides = _broadcast_strides(mask) if mask is not None else [sympy.Integer(0)] * 4

@@ -1,5 +1,5 @@
 """``aligned_read_attention`` and ``packed_read_attention`` as three Triton kernels, scan, finish and repair; all bits as stream
-and combine.
+and combine. Before the scan of a lossless cache, raw reads the rows that have no bits which say less than all.
 
 ``scan`` scores every attended row from the 4-bit plane of K and, by the last program of a (batch, KV head) pair, turns the sums
 over all weights into what every addend is held to. ``finish`` chooses rows by that, reads them and adds them up; the last
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import sympy
 import torch
 
-from ...inductor_private import DeviceProperties, FloorDiv, V, ir
+from ...inductor_private import FloorDiv, V, ir
 from ...layout import BLOCK_ROWS
 from ..constants import option_constants, policy_constants
 from .kernel import contiguous, emit, scratch
 from .shapes import head_constants, power_of_two
+from .targets import has_ptx, has_tensor_memory, is_hip, processors
 from .tuning import read_launches, splits
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ LARGEST_GROUP = 32
 """Query rows of a KV head (group size times query length) up to which planes are read; more share the cache's own rows."""
 LARGEST_HEAD = 256
 """Head dimension up to which planes are read."""
-EMULATED_PROCESSORS = 2
-"""Multiprocessors that a CPU stands for when its Triton code is interpreted."""
 
 
 class Read:
@@ -65,14 +64,15 @@ class Read:
         short = call.length.is_Integer and call.length < call.min_context
         fits = self.padded <= LARGEST_GROUP and max(self.arena.key_dim, self.arena.value_dim) <= LARGEST_HEAD
         self.aligned = "PLANES" in self.inputs and call.aligned and fits and not short
-        self.splits = splits(V.graph.sizevars.optimization_hint(self.pairs), _processors(self.device))
+        self.splits = splits(V.graph.sizevars.optimization_hint(self.pairs), processors(self.device))
         self.blocks = FloorDiv(call.length + (BLOCK_ROWS - 1), BLOCK_ROWS)
         self.share = FloorDiv(self.blocks + (self.splits - 1), self.splits)
         mask = inputs.get("mask")
         self.mask_kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
         element, full_row = call.dtype, (self.arena.key_dim + self.arena.value_dim) * call.dtype.itemsize
+        residual = self.arena.storage.residual
         self.launches = read_launches(
-            max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize, hip=_is_hip()
+            max(self.arena.key_dim, self.arena.value_dim), self.padded, element.itemsize, hip=is_hip(), decodes=residual
         )
         self.constants: dict[str, object] = {
             **head_constants(self.arena),
@@ -85,7 +85,7 @@ class Read:
             "M": rows,
             "MP": self.padded,
             "MW": max(16, self.padded),
-            "NQ": max(16 if _has_tensor_memory(device) else 0, 2 * self.padded),
+            "NQ": max(16 if has_tensor_memory(device) else 0, 2 * self.padded),
             "SPLITS": self.splits,
             "SP": power_of_two(self.splits),
             "GRID_Y": self.splits,
@@ -101,10 +101,12 @@ class Read:
             "FLOOR": mask_floor,
             "SCALE": call.scale,
             "ABS_SCALE": abs(call.scale),
-            "PRECISION": "'ieee'" if _is_hip() else "'tf32x3'",
-            "PACKED": device.type == "cuda" and not _is_hip(),
+            "PRECISION": "'ieee'" if is_hip() else "'tf32x3'",
+            "PACKED": has_ptx(device),
             "FULL_KEY": self.arena.key_dim * element.itemsize,
             "FULL_VALUE": self.arena.value_dim * element.itemsize,
+            "READ_KEY": self.arena.key_dim * (element.itemsize - residual),
+            "READ_VALUE": self.arena.value_dim * (element.itemsize - residual) + 2 * self.arena.value_plane_row * residual,
             "STREAMED_ROW": self.arena.stored_row if self.arena.storage.packed else full_row,
             "REFINEMENT": self.arena.key_plane_row * (2 if call.softcap > 0 else 1),
             "FIELDS": STATISTIC_FIELDS,
@@ -176,7 +178,10 @@ class Read:
         }
         written = {**scores, **sums}
         limits = self.emit(
-            "scan", {**query, **planes, **written, **mask}, ["PLANES", *written], self.floats(LIMIT_FIELDS, padded)
+            "scan",
+            {**query, **planes, **written, **self.raw(), **mask},
+            ["PLANES", *written],
+            self.floats(LIMIT_FIELDS, padded),
         )
         rows = self.share * BLOCK_ROWS
         counts = {"COUNTS": self.scratch(torch.int32, splits, COUNTERS)}
@@ -200,6 +205,20 @@ class Read:
         self.counted = counts
         return result
 
+    def raw(self) -> dict[str, ir.IRNode]:
+        """What there is of raw rows, where an arena may hold some."""
+        if not self.arena.storage.residual:
+            return {}
+        written = {
+            "RAW_ROWS": self.scratch(torch.int32, self.splits, self.share * BLOCK_ROWS),
+            "RAW_NORMS": self.scratch(torch.float32, self.blocks, BLOCK_ROWS),
+            "SPOILT": self.scratch(torch.int32, self.splits),
+        }
+        inputs = {"QUERY": self.inputs["QUERY"], "PLANES": self.inputs["PLANES"], **written}
+        output = self.floats(self.blocks, BLOCK_ROWS, self.padded)
+        scores = self.emit("raw", inputs, [*written], output, HAS_MASK=0, HAS_SINKS=False)
+        return {"RAW_SCORES": scores, "RAW_NORMS": written["RAW_NORMS"], "SPOILT": written["SPOILT"]}
+
     def stream(self, output: ir.Layout) -> ir.TensorBox:
         """Every bit. Beside an arena, in which arrivals are counted, it is one launch."""
         splits, padded, dim = self.splits, self.padded, self.arena.value_dim
@@ -219,17 +238,3 @@ class Read:
         """Add what was read to row ``site`` of ``counters``."""
         dummy = contiguous(self.device, torch.int32, 1)
         self.emit("count", {"COUNTERS_OUT": counters, **self.counted}, ["COUNTERS_OUT"], dummy, SITE=site, SCAN=128)
-
-
-def _processors(device: torch.device) -> int:
-    count = DeviceProperties.create(device).multi_processor_count
-    return EMULATED_PROCESSORS if device.type == "cpu" or not count else count
-
-
-def _has_tensor_memory(device: torch.device) -> bool:
-    """Whether Triton's products are tcgen05's."""
-    return device.type == "cuda" and not _is_hip() and DeviceProperties.create(device).major == 10
-
-
-def _is_hip() -> bool:
-    return torch.version.hip is not None

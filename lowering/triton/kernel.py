@@ -76,6 +76,9 @@ def one_program(*_: Any) -> tuple[Any, Any, Any]:
 CACHE_BUFFERS = frozenset({"KEY", "VALUE"})
 """What kernels over an arena that is the cache do without."""
 
+RAW_BUFFERS = frozenset({"RAW_ROWS", "RAW_SCORES", "RAW_NORMS", "SPOILT"})
+"""What kernels over other arenas than a lossless cache do without."""
+
 GRIDS = {"quantize_on_write": pairs_by_pieces, "count": one_program}
 
 
@@ -106,11 +109,12 @@ def template(name: str, storage: Storage) -> Template:
     text = template_text(name)
     known_as = f"alignedkv_{name}" if storage == BESIDE else f"alignedkv_{name}_{PACKED.index(storage.name)}"
     made = Template(known_as, GRIDS.get(name, pairs_by_splits), text + "\n\n" + shared_functions(storage))
+    absent = (CACHE_BUFFERS if storage.packed else frozenset()) | (frozenset() if storage.residual else RAW_BUFFERS)
     known = text[: text.index("\n    ", text.index("def_kernel("))]
     made.template.globals.update(
         counter_fields=len(ops.COUNTER_FIELDS),
         log2e=SHARED["LOG2E"],
-        buffers=frozenset(known.split('"')[1::2]) - (CACHE_BUFFERS if storage.packed else frozenset()),
+        buffers=frozenset(known.split('"')[1::2]) - absent,
         storage=storage,
     )
     return made

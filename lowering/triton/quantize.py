@@ -10,6 +10,7 @@ from ...layout import BLOCK_ROWS, ArenaLayout
 from ...storage import WINDOW
 from .kernel import contiguous, emit
 from .shapes import head_constants
+from .targets import has_ptx
 from .tuning import write_launch
 
 
@@ -31,6 +32,7 @@ def lower(
         "VP": constants["VP"],
         "RECORD": arena.block_record,
         "WINDOW": WINDOW,
+        "PACKED": has_ptx(device),
     }
     sizes = [batch * heads, rows, capacity, *key.get_stride()[:3], *value.get_stride()[:3], *positions.get_stride()]
     emit(
@@ -40,6 +42,6 @@ def lower(
         contiguous(device, torch.int32, 1),  # Inductor wants an output even of a kernel that only mutates
         sizes,
         constants,
-        write_launch(arena.key_dim, arena.value_dim),
+        write_launch(arena.key_dim, arena.value_dim, encodes=arena.storage.residual),
         arena.storage,
     )

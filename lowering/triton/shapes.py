@@ -12,7 +12,7 @@ def power_of_two(number: int) -> int:
 
 def head_constants(arena: ArenaLayout) -> dict[str, object]:
     """DK, DV; KH and VH, bytes of a plane's row; KHP and VHP, those padded (an int8 product wants 32 columns, a sum of V 16);
-    DP and VP, all columns padded; STAGES of the Hadamard transform."""
+    DP and VP, all columns padded; STAGES of the Hadamard transform; RECORD and RESIDUAL, bytes of those."""
     key_half, value_half = arena.key_plane_row, arena.value_plane_row
     columns = power_of_two(2 * key_half)
     return {
@@ -26,4 +26,5 @@ def head_constants(arena: ArenaLayout) -> dict[str, object]:
         "VP": power_of_two(2 * value_half),
         "STAGES": columns.bit_length() - 1,
         "RECORD": arena.block_record,
+        "RESIDUAL": arena.residual_row,
     }

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jinja2
 
-from ... import precision
-from ...layout import ArenaLayout
+from ... import layout, precision, residual, residual_fields
+from ...layout import MAX_HEAD_DIM, ArenaLayout
+from ...residual import block_gain
 from ...storage import WINDOW, Storage
 from ..constants import SHARED, print_triton
 
-SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "arrivals")
+SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "residual", "arrivals")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class TextLayout(ArenaLayout):
     key_plane_row = Text("KH")  # type: ignore[assignment]
     value_plane_row = Text("VH")  # type: ignore[assignment]
     block_record = Text("RECORD")  # type: ignore[assignment]
+    residual_row = Text("RESIDUAL")  # type: ignore[assignment]
 
 
 def _section_functions(storage: Storage) -> str:
     arena = TextLayout(Text("pairs"), Text("capacity"), 0, 0, storage)  # type: ignore[arg-type]
+    sizes = ", ".join(f"{name}: tl.constexpr" for name in ("KH", "VH", "RECORD", "RESIDUAL"))
     functions = [
-        f"@triton.jit\ndef arena_{name}(pairs, capacity, KH: tl.constexpr, VH: tl.constexpr, RECORD: tl.constexpr):\n"
+        f"@triton.jit\ndef arena_{name}(pairs, capacity, {sizes}):\n"
         f'    """Byte offset of the section {name}."""\n    return {getattr(arena, name)}\n'
         for name in SECTIONS
     ]
@@ -77,9 +80,19 @@ def _formulas() -> str:
 
 @functools.cache
 def shared_functions(storage: Storage) -> str:
-    """Text of ``templates/functions.py.jinja`` and ``templates/stream_functions.py.jinja`` for arenas of this storage."""
+    """Text of the templates of functions, for arenas of this storage."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined)
-    values = {"formulas": _formulas(), "sections": _section_functions(storage), "storage": storage, "WINDOW": WINDOW}
-    texts = [environment.get_template(f"{name}.py.jinja") for name in ("functions", "stream_functions")]
+    values = {
+        "formulas": _formulas(),
+        "sections": _section_functions(storage),
+        "storage": storage,
+        "WINDOW": WINDOW,
+        "gains": [(1 << bit, block_gain(1 << bit)) for bit in range(MAX_HEAD_DIM.bit_length())],
+        "fields": residual_fields,
+        "residual": residual,
+        "layout": layout,
+    }
+    names = ("functions", "stream_functions", *(("residual_functions",) if storage.residual else ()))
+    texts = [environment.get_template(f"{name}.py.jinja") for name in names]
     return "\n\n\n".join(text.render(**print_triton(SHARED), **values) for text in texts)

@@ -26,7 +26,7 @@ class ReadLaunches:
 
     def of(self, kernel: str) -> Launch:
         """The launch of one kernel."""
-        launches = {"scan": self.scan, "finish": self.finish, "stream": self.stream, "repair": self.stream}
+        launches = {"scan": self.scan, "finish": self.finish, "stream": self.stream, "repair": self.stream, "raw": self.stream}
         return launches.get(kernel, Launch(0, 4, 1))
 
 
@@ -35,12 +35,13 @@ PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 64
 
 
-def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = False) -> ReadLaunches:
+def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = False, decodes: bool = False) -> ReadLaunches:
     """Launches for heads of ``dim``, ``query_rows`` padded query rows per KV head, and a cache of ``element_size`` bytes a
-    number. Tiles are as large as registers allow (``make gpu-codegen``); with 8 warps ``hip`` would have half as many."""
+    number, which are decoded or not. Tiles are as large as registers allow (``make gpu-codegen``); with 8 warps ``hip`` would
+    have half as many."""
     wide = dim > 128 or query_rows > 8 or element_size > 2
     rows = 32 if wide else 64
-    if dim > 256 or query_rows > 32:
+    if dim > 256 or query_rows > 32 or decodes:
         rows = 16
     warps = 8 if (dim > 128 or query_rows > 8) and not hip else 4
     tiles = {
@@ -52,13 +53,16 @@ def read_launches(dim: int, query_rows: int, element_size: int, *, hip: bool = F
         "STAGES_OF_SCAN": 3,
         "STREAM_STAGES": 3 if not wide else 2,
     }
-    return ReadLaunches(Launch(0, warps, 3), Launch(0, warps, 1), Launch(rows, warps, 3), tiles)
+    reading = 8 if decodes and not hip else warps
+    return ReadLaunches(Launch(0, warps, 3), Launch(0, reading, 1), Launch(rows, reading, 3), tiles)
 
 
-def write_launch(key_dim: int, value_dim: int) -> Launch:
+def write_launch(key_dim: int, value_dim: int, *, encodes: bool = False) -> Launch:
     """Launch of the write: few rows at once, as a row goes through log2(dim) exchanges of registers, and more warps where the
-    fewest do not fit."""
+    fewest do not fit; fewer where residuals are encoded."""
     dim = max(key_dim, value_dim)
+    if encodes:
+        return Launch(4 if dim <= 128 else 2, 8 if dim > 256 else 4, 1)
     return Launch(8 if dim > 256 else 16, 8 if dim > 512 else 4, 1)
 
 

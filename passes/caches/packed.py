@@ -61,8 +61,10 @@ class PackedKind:
         if other is not load or key.args[1] != 0 or value.args[1] != 1:
             raise Declined(Reason.MIXED_CACHES, "K and V are not those of one layer of the cache")
         check_cache_pair(key, value)
-        if generates_triton(fake(key).device) and STORAGES[str(load.args[_STORAGE])].residual:
-            raise Declined(Reason.DEVICE, "lossless rows are read by generated C++ only; they are decoded here, by eager code")
+        dtype = fake(key).dtype
+        if generates_triton(fake(key).device) and not STORAGES[str(load.args[_STORAGE])].has_triton(dtype):
+            what = f"lossless rows of {dtype} are read by generated C++ only; they are decoded here, by eager code"
+            raise Declined(Reason.DEVICE, what)
         call, query = candidate.call, candidate.call.query
         if is_prefill(call) and isinstance(query, Node):  # which may read a part of the rows, those at hand say
             keys, values = (

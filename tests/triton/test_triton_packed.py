@@ -3,8 +3,6 @@ over the rows that these hold."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,33 +10,19 @@ import torch
 from cases import Case, added_error_in_rho, exact, keyed_caches, make_case, relative_errors
 from hypothesis import given, target
 from hypothesis import strategies as st
-from triton_cases import distort, random_mask, to_row_order
+from packed_cases import layout_of, read, run, stored, written
+from triton_cases import distort, random_mask
 from triton_interpreter import interpreted
 
 from alignedkv_compile import ops
-from alignedkv_compile.arena import arena_views
-from alignedkv_compile.layout import SCALES_BYTES, ArenaLayout
-from alignedkv_compile.ops import COUNTER_FIELDS
-from alignedkv_compile.storage import STORAGES, WINDOW
+from alignedkv_compile.layout import SCALES_BYTES
+from alignedkv_compile.storage import WINDOW
 
 QUERY_ERROR = 1e-3
 """What rounding the query to two int8 terms may change in an output, relative to its largest number."""
 
 QUERY_ROUNDOFF = 2.0**-14
 """The same of a score, relative to the product of the norms."""
-
-
-def layout_of(case: Case, storage: str) -> ArenaLayout:
-    batch, heads, capacity, key_dim = case.key.shape
-    return ArenaLayout(batch * heads, capacity, key_dim, case.value.shape[3], STORAGES[storage], case.key.element_size())
-
-
-def stored(case: Case, storage: str) -> torch.Tensor:
-    """The arena with all rows, as a CPU holds it, written by the reference."""
-    planes = torch.zeros(layout_of(case, storage).total, dtype=torch.uint8)
-    capacity = case.key.shape[2]
-    ops.store_rows.default(planes, case.key, case.value, torch.arange(capacity), capacity, storage)
-    return planes
 
 
 def held(case: Case, planes: torch.Tensor, storage: str) -> Case:
@@ -48,38 +32,6 @@ def held(case: Case, planes: torch.Tensor, storage: str) -> Case:
     key, value = (cache.float() for cache in (case.key, case.value))
     key, value = ops.load_rows.default(planes, key[:, :, :0], value[:, :, :0], nothing, capacity, capacity, storage)
     return replace(case, key=key, value=value)
-
-
-@functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    def call(query: torch.Tensor, planes: torch.Tensor, room: torch.Tensor, rest: tuple[object, ...]) -> torch.Tensor:
-        mask, sinks, heads, value_dim, dtype, storage, *numbers = rest
-        cache = (heads, value_dim, dtype, storage, room.shape[0])
-        return ops.packed_read_attention.counted(query, planes, mask, sinks, *cache, *numbers, 0)
-
-    return torch.compile(call, fullgraph=True)
-
-
-def run(case: Case, planes: torch.Tensor, storage: str) -> tuple[torch.Tensor, dict[str, int]]:
-    """Output and counters of the generated read over a CPU's arena; how many rows there are is symbolic."""
-    heads, capacity = case.key.shape[1:3]
-    counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64)
-    room = torch.empty(capacity, 0)
-    planes = to_row_order(planes, layout_of(case, storage))
-    for tensor, dim in ((planes, 0), (room, 0), (case.mask, 3)):
-        if tensor is not None and tensor.shape[dim] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    cache = (heads, case.value.shape[3], case.key.dtype, storage)
-    numbers = (case.live, case.factor, case.softcap, case.tolerance, case.roundoff, case.min_context)
-    with keyed_caches():
-        output = _compiled()(case.query, planes, room, (case.mask, case.sinks, *cache, *numbers, counters))
-    return output, dict(zip(COUNTER_FIELDS, counters[0].tolist(), strict=True))
-
-
-def read(case: Case, planes: torch.Tensor, storage: str) -> tuple[torch.Tensor, dict[str, int]]:
-    """The same as Triton, interpreted."""
-    with interpreted():
-        return run(case, planes, storage)
 
 
 def check_read(case: Case, storage: str, error: float) -> dict[str, int]:
@@ -100,17 +52,10 @@ def check_read(case: Case, storage: str, error: float) -> dict[str, int]:
 @pytest.mark.parametrize("parts", ["prompt and tokens", "shuffled"])
 def test_the_bytes_of_the_reference(storage: str, parts: str) -> None:
     case = make_case(batch=2, rows=300, key_dim=80, value_dim=40)
-    layout, capacity = layout_of(case, storage), 300
     cuts = [torch.arange(290), torch.arange(290, 291), torch.arange(291, 300)]
     if parts == "shuffled":
         cuts = [torch.randperm(300, generator=torch.Generator().manual_seed(0))]
-    expected, written = (torch.zeros(layout.total, dtype=torch.uint8) for _ in range(2))
-    for part in cuts:
-        new = (case.key[:, :, part], case.value[:, :, part], part, capacity, storage)
-        ops.store_rows.default(expected, *new)
-        with interpreted(), keyed_caches():
-            torch.compile(lambda *arguments: ops.store_rows.default(*arguments), fullgraph=True)(written, *new)
-    left, right = arena_views(to_row_order(expected, layout), layout), arena_views(written, layout)
+    left, right = written(case, storage, cuts)
     for name in ("header", "scales", "key_hi", "key_mid", "value_hi", "value_mid"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     if parts != "shuffled":
@@ -194,10 +139,10 @@ def test_masks_and_sinks() -> None:
 
 
 def test_what_has_no_triton_is_called_as_it_is() -> None:
-    """Lossless rows, and rows for a prompt: the operators' eager meaning, from within the compiled graph."""
-    case = make_case(heads=1, rows=40)
+    """Lossless rows of fp16, and rows for a prompt: the operators' eager meaning, from within the compiled graph."""
+    case = make_case(heads=1, rows=40, dtype=torch.float16)
     new, capacity = torch.arange(40), 40
-    expected, written = (torch.zeros(layout_of(case, "lossless").total, dtype=torch.uint8) for _ in range(2))
+    expected, found = (torch.zeros(layout_of(case, "lossless").total, dtype=torch.uint8) for _ in range(2))
     ops.store_rows.default(expected, case.key, case.value, new, capacity, "lossless")
 
     def step(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,8 +150,8 @@ def test_what_has_no_triton_is_called_as_it_is() -> None:
         return ops.load_rows.default(planes, key[:, :, :1], value[:, :, :1], new[:1], capacity, capacity, "lossless")
 
     with interpreted(), keyed_caches():
-        key, value = torch.compile(step, fullgraph=True)(written, case.key, case.value)
-    assert torch.equal(written, expected)
+        key, value = torch.compile(step, fullgraph=True)(found, case.key, case.value)
+    assert torch.equal(found, expected)
     assert torch.equal(key, case.key)
     assert torch.equal(value, case.value)
 

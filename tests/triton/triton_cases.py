@@ -8,7 +8,7 @@ from triton_interpreter import interpreted
 
 from alignedkv_compile import arena
 from alignedkv_compile.layout import ArenaLayout, arena_layout
-from alignedkv_compile.lowering.triton.attention import EMULATED_PROCESSORS
+from alignedkv_compile.lowering.triton.targets import EMULATED_PROCESSORS
 from alignedkv_compile.lowering.triton.tuning import splits
 
 
