@@ -72,6 +72,10 @@ _PACKED_ARGUMENTS = (
 )
 _library.define(f"packed_read_attention({_PACKED_ARGUMENTS}) -> Tensor")
 _library.define(f"packed_read_attention.counted({_PACKED_ARGUMENTS}, Tensor(a!) counters, int site) -> Tensor")
+_library.define(f"certified_packed_read_attention({_PACKED_ARGUMENTS}, Tensor(a!) bounds, int site) -> Tensor")
+_library.define(
+    f"certified_packed_read_attention.counted({_PACKED_ARGUMENTS}, Tensor(a!) bounds, Tensor(b!) counters, int site) -> Tensor"
+)
 
 quantize_on_write = torch.ops.alignedkv.quantize_on_write
 """Write the narrow planes of new cache rows, in place.
@@ -188,6 +192,17 @@ Returns:
     ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``; rounding to it is not part of the certificate.
 """
 
+certified_packed_read_attention = torch.ops.alignedkv.certified_packed_read_attention
+"""The certified read of an arena that is the cache and holds every bit.
+
+Args:
+    query, ..., min_context: as :data:`packed_read_attention` takes them; ``storage`` is ``"lossless"``.
+    bounds, counters, site: as :data:`certified_read_attention` takes them.
+
+Returns:
+    As :data:`certified_read_attention`; the certificate is relative to attention over the numbers that were stored.
+"""
+
 
 @library.register_fake(f"{NAMESPACE}::quantize_on_write")
 def _quantize_on_write_fake(
@@ -244,7 +259,12 @@ def _packed_read_attention_fake(
     return query.new_empty(batch, query_heads, rows, value_dim)
 
 
-library.register_fake(f"{NAMESPACE}::packed_read_attention.counted")(_packed_read_attention_fake)
+for _name in (
+    "packed_read_attention.counted",
+    "certified_packed_read_attention",
+    "certified_packed_read_attention.counted",
+):
+    library.register_fake(f"{NAMESPACE}::{_name}")(_packed_read_attention_fake)
 
 for _name in ("aligned_read_attention.counted", "certified_read_attention", "certified_read_attention.counted"):
     library.register_fake(f"{NAMESPACE}::{_name}")(_aligned_read_attention_fake)

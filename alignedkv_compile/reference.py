@@ -6,7 +6,7 @@ file only in the order of floating-point sums, so a row that sits on a threshold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,23 @@ def packed_read_attention_counted(*arguments: Any) -> torch.Tensor:
     return output
 
 
+@library.impl(f"{ops.NAMESPACE}::certified_packed_read_attention", "CompositeExplicitAutograd")
+def certified_packed_read_attention(*arguments: Any) -> torch.Tensor:
+    """See :data:`alignedkv_compile.ops.certified_packed_read_attention`."""
+    *call, bounds, site = arguments
+    return _certified(_packed_attention, call, bounds[site], ReadCounts())
+
+
+@library.impl(f"{ops.NAMESPACE}::certified_packed_read_attention.counted", "CompositeExplicitAutograd")
+def certified_packed_read_attention_counted(*arguments: Any) -> torch.Tensor:
+    """The same, adding what was read to row ``site`` of ``counters``."""
+    *call, bounds, counters, site = arguments
+    counts = ReadCounts()
+    output = _certified(_packed_attention, call, bounds[site], counts)
+    counts.add_to(counters, site)
+    return output
+
+
 def _packed_attention(
     query: torch.Tensor,
     planes: torch.Tensor,
@@ -95,18 +112,20 @@ def _packed_attention(
     length: int,
     *numbers: Any,
     counts: ReadCounts,
+    certificates: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The read of an arena that is the cache: what the others read from cache tensors is decoded first."""
     batch, key_dim = query.shape[0], query.shape[3]
     views, layout, keys, values = cache_rows(planes, batch, heads, key_dim, value_dim, dtype, storage, capacity, length)
-    return _read_heads(query, keys, values, views, mask, sinks, length, *numbers, stored_row=layout.stored_row, counts=counts)
+    call = (query, keys, values, views, mask, sinks, length, *numbers)
+    return _read_heads(*call, stored_row=layout.stored_row, counts=counts, certificates=certificates)
 
 
 @library.impl(f"{ops.NAMESPACE}::certified_read_attention", "CompositeExplicitAutograd")
 def certified_read_attention(*arguments: Any) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.certified_read_attention`."""
     *call, bounds, site = arguments
-    return _certified_attention(call, bounds[site], ReadCounts())
+    return _certified(_attention, call, bounds[site], ReadCounts())
 
 
 @library.impl(f"{ops.NAMESPACE}::certified_read_attention.counted", "CompositeExplicitAutograd")
@@ -114,16 +133,19 @@ def certified_read_attention_counted(*arguments: Any) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     *call, bounds, counters, site = arguments
     counts = ReadCounts()
-    output = _certified_attention(call, bounds[site], counts)
+    output = _certified(_attention, call, bounds[site], counts)
     counts.add_to(counters, site)
     return output
 
 
-def _certified_attention(call: Sequence[Any], bounds: torch.Tensor, counts: ReadCounts) -> torch.Tensor:
-    """Certified reads, whose certificates go to one site's ``bounds`` (float32 ``[2, W]``): this call's, and the largest."""
+def _certified(
+    attention: Callable[..., torch.Tensor], call: Sequence[Any], bounds: torch.Tensor, counts: ReadCounts
+) -> torch.Tensor:
+    """Certified reads by ``attention``, whose certificates go to one site's ``bounds`` (float32 ``[2, W]``): this call's, and
+    the largest."""
     query_heads = call[0].shape[1]
     certificates = bounds.new_zeros(query_heads)
-    output = _attention(*call, counts=counts, certificates=certificates)
+    output = attention(*call, counts=counts, certificates=certificates)
     last, worst = bounds[:, :query_heads]
     last.copy_(certificates)
     torch.maximum(worst, certificates, out=worst)

@@ -70,7 +70,7 @@ def read_certified(call: HeadCall, views: ArenaViews, head: int, counts: ReadCou
     size = rows.hi_output_norm(weights, kept, means[1])
     keys = rows.refine_keys(weights, size, kept)
     if not keys.within:
-        _count(rows, keys, kept, torch.full_like(keys.bits, 4), means[0], counts)
+        _count(rows, keys, kept, rows.bits(4), means[0], counts)
         return None
     weights = masked_softmax(call, rows.scores)
     value_bits = rows.choose_value_bits(weights, kept, size)
@@ -110,14 +110,21 @@ class _Rows:
     key_scale: torch.Tensor
     value_scale: torch.Tensor
     value_norm: torch.Tensor
+    raw: torch.Tensor
     scores: torch.Tensor
 
     @classmethod
     def load(cls, call: HeadCall, views: ArenaViews, head: int) -> _Rows | None:
-        """Scores from the 4-bit plane; None when a scale, a norm or the query is not finite or out of range."""
+        """Scores from the 4-bit plane, and from all bits of raw rows; None when a scale, a norm or the query is not finite or
+        out of range."""
         length, key_dim = call.key.shape[0], call.key.shape[-1]
         live = call.attended.any(0)
         key_scale, value_scale, value_norm = (x.double() for x in unpack_scales(views.scales[head, :length]))
+        raw = live & ~torch.isfinite(key_scale) & views.storage.residual
+        if not bool(torch.isfinite(call.key[raw].double().sum() + call.value[raw].double().sum())):
+            return None
+        key_scale, value_scale = (torch.where(raw, 0.0, scale) for scale in (key_scale, value_scale))
+        value_norm = torch.where(raw, torch.where(raw[:, None], call.value, 0.0).double().norm(dim=-1), value_norm)
         if not bool(torch.isfinite(torch.stack([key_scale, value_scale, value_norm])[:, live]).all()):
             return None
         scales = torch.stack([key_scale, value_scale])[:, live]
@@ -151,8 +158,13 @@ class _Rows:
             key_scale=key_scale,
             value_scale=value_scale,
             value_norm=value_norm,
-            scores=masked_scores(call, dots),
+            raw=raw,
+            scores=masked_scores(call, torch.where(raw, _exact_dots(call, raw), dots)),
         )
+
+    def bits(self, number: int) -> torch.Tensor:
+        """This many bits of every row, int64 ``[T]``; all of raw ones."""
+        return torch.where(self.raw, 16, number)
 
     @property
     def live(self) -> int:
@@ -184,17 +196,17 @@ class _Rows:
         cost = weights * _formula("skipped_value_bound")(v=self.value_norm, m=mean_norm)
         size = (weights * self.value_norm).square().sum(-1).sqrt()
         above = cost > linear_threshold(cost, skippable, self.budget("skip", size), self.live)[:, None]
-        return (above.any(0) | ~skippable) & self.live_rows
+        return (above.any(0) | ~skippable | self.raw) & self.live_rows
 
     def hi_output_norm(self, weights: torch.Tensor, kept: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """Norm of the output ``[M]`` from the 4-bit plane of V."""
-        bits = torch.full(kept.shape, 4, device=kept.device)
+        bits = self.bits(4)
         at_4 = weights[:, kept] @ self.values(bits)[kept] + skipped_output(weights, kept, means.double())
         return at_4.norm(dim=-1)
 
     def refine_keys(self, weights: torch.Tensor, size: torch.Tensor, kept: torch.Tensor) -> _Keys:
         """Refine the scores, unless everything would be read anyway."""
-        bits = torch.full(self.live_rows.shape, 4, device=self.live_rows.device)
+        bits = self.bits(4)
         mid = torch.zeros_like(self.live_rows)
         value_bytes = self.value_bytes(self.choose_value_bits(weights, kept, size), kept)
         top = self.scores.amax(-1, keepdim=True)
@@ -207,7 +219,7 @@ class _Rows:
             theta = linear_threshold(cost, self.live_rows, allowed, self.live, finer)[:, None]
             refined = (cost > theta).any(0)
             whole = refined & ((finer > theta).any(0) | (bits == 8))
-            chosen = torch.where(whole, 16, torch.where(refined & (bits == 4), 8, bits))
+            chosen = torch.where(whole | self.raw, 16, torch.where(refined & (bits == 4), 8, bits))
             read = mid | (chosen == 8)
             if self.costs_too_much(chosen, read, value_bytes):
                 return _Keys(bits, mid, within=False)
@@ -247,15 +259,14 @@ class _Rows:
         unit = self.key_scale[:, None] / CODE_RANGE
         dots = self.query @ (hi * (HI_STEP * unit)).T + self.first_term @ (mid * (MID_STEP * unit)).T
         at_8 = masked_scores(call, dots * call.scale)
-        whole = torch.where((bits == 16)[:, None], call.key.double(), 0.0)
-        at_16 = masked_scores(call, call.query.double() @ whole.T * call.scale)
+        at_16 = masked_scores(call, _exact_dots(call, bits == 16))
         self.scores = torch.where(bits == 16, at_16, torch.where(bits == 8, at_8, self.scores))
 
     def choose_value_bits(self, weights: torch.Tensor, kept: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Bits of every V row that is read, int64 ``[T]``."""
         at_4, at_8 = (weights * self.value_bound(torch.full(kept.shape, bits, device=kept.device)) for bits in (4, 8))
         theta = linear_threshold(at_4, kept, self.budget("value", size), self.live, finer=at_8)[:, None]
-        return torch.where((at_8 > theta).any(0), 16, torch.where((at_4 > theta).any(0), 8, 4))
+        return torch.where((at_8 > theta).any(0) | self.raw, 16, torch.where((at_4 > theta).any(0), 8, 4))
 
     def value_bound(self, bits: torch.Tensor) -> torch.Tensor:
         """Bound on the norm of every V row's error ``[T]``."""
@@ -301,6 +312,11 @@ class _Rows:
         )
 
 
+def _exact_dots(call: HeadCall, rows: torch.Tensor) -> torch.Tensor:
+    """Scaled products ``[M, T]`` with these rows of K as they are; zeros elsewhere."""
+    return call.query.double() @ torch.where(rows[:, None], call.key.double(), 0.0).T * call.scale
+
+
 def linear_threshold(
     cost: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, most: int, finer: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -330,16 +346,22 @@ def _count(
     key, value = rows.call.key, rows.call.value
     plane_key, plane_value = padded_head_dim(key.shape[-1]) // 2, padded_head_dim(value.shape[-1]) // 2
     skipped = torch.nn.functional.pad(skippable & ~kept, (0, -len(kept) % BLOCK_ROWS)).view(-1, BLOCK_ROWS).any(-1)
-    key_mid, key_full = int(keys.mid.sum()), int((keys.bits == 16).sum())
-    value_hi = int(kept.sum())
+    whole_keys, whole_values = keys.bits == 16, kept & (value_bits == 16)
+    mid_keys, mid_values = keys.mid, kept & (value_bits == 8)
+    residual = rows.views.storage.residual
+    if residual:  # a row is decoded from both planes and what these leave out
+        mid_keys, mid_values = mid_keys | whole_keys, mid_values | whole_values
+    key_mid, key_full, value_full = int(mid_keys.sum()), int(whole_keys.sum()), int(whole_values.sum())
+    value_hi, value_mid = int(kept.sum()), int(mid_values.sum())
+    beyond = key.element_size() - residual
     read = rows.score_groups * SCORE_GROUP * (plane_key + SCALES_BYTES) + int(skipped.sum()) * (4 + 4 * value.shape[-1])
-    read += key_mid * plane_key + key_full * key.shape[-1] * key.element_size()
-    counts.bytes_read += read + value_hi * plane_value + rows.value_bytes(value_bits, kept)
+    read += key_mid * plane_key + key_full * key.shape[-1] * beyond
+    counts.bytes_read += read + (value_hi + value_mid) * plane_value + value_full * value.shape[-1] * beyond
     counts.key_rows_mid += key_mid
     counts.key_rows_full += key_full
     counts.value_rows_hi += value_hi
-    counts.value_rows_mid += int((kept & (value_bits == 8)).sum())
-    counts.value_rows_full += int((kept & (value_bits == 16)).sum())
+    counts.value_rows_mid += value_mid
+    counts.value_rows_full += value_full
 
 
 @functools.cache

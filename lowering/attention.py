@@ -1,4 +1,4 @@
-"""``aligned_read_attention``, ``certified_read_attention`` and ``packed_read_attention`` as C++ kernels."""
+"""``aligned_read_attention``, ``packed_read_attention`` and the certified read of either cache as C++ kernels."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class ReadAttention(Template):
 
     def __init__(self, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, constants: Constants) -> None:
         mutated = [name for name in ("bounds", "counters") if name in inputs]
-        name = "certified_read_attention" if "bounds" in inputs else "aligned_read_attention"
-        name = "packed_read_attention" if constants.arena.storage.packed else name
+        certified, packed = "bounds" in inputs, constants.arena.storage.packed
+        name = f"{'certified_' if certified else '' if packed else 'aligned_'}{'packed_' if packed else ''}read_attention"
         super().__init__(name, inputs, mutated, layout)
         self.constants = constants
 
@@ -184,8 +184,7 @@ def _lower(
 ) -> ir.TensorBox:
     static = V.graph.sizevars.guard_int
     dtype = key.get_dtype()
-    worthwhile = tolerance > 0 if bounds is None else tolerance * unit_roundoff >= worst_case.FINEST_BUDGET
-    aligned = planes is not None and worthwhile
+    aligned = planes is not None and _worthwhile(tolerance, unit_roundoff, certified=bounds is not None)
     constants = Constants(
         arena=ArenaLayout(1, 1, static(key.get_size()[3]), static(value.get_size()[3]), element_size=dtype.itemsize),
         sizes=tuple(key.get_size()[:3]),
@@ -226,6 +225,7 @@ def _lower_packed(
     unit_roundoff: float,
     min_context: int,
     *,
+    bounds: ir.TensorBox | None = None,
     counters: ir.TensorBox | None = None,
     site: int = 0,
 ) -> ir.TensorBox:
@@ -235,7 +235,7 @@ def _lower_packed(
         arena=ArenaLayout(1, 1, static(key_dim), value_dim, STORAGES[storage], dtype.itemsize),
         sizes=(batch, sympy.Integer(heads), sympy.sympify(capacity)),
         dtype=dtype,
-        aligned=tolerance > 0,
+        aligned=_worthwhile(tolerance, unit_roundoff, certified=bounds is not None),
         group=static(query_heads) // heads,
         query_rows=static(query_rows),
         scale=scale,
@@ -247,10 +247,15 @@ def _lower_packed(
         site=site,
     )
     inputs = {"query": realize(query, contiguous_last=False)}
-    inputs |= _realized(planes=planes, mask=mask, sinks=sinks, counters=counters)
+    inputs |= _realized(planes=planes, mask=mask, sinks=sinks, bounds=bounds, counters=counters)
     if generates_triton(device_of(query)):
         return _lower_to_triton(inputs, _output(query, constants), constants)
     return emit(ReadAttention(inputs, _output(query, constants), constants))
+
+
+def _worthwhile(tolerance: float, unit_roundoff: float, *, certified: bool) -> bool:
+    """Whether such a tolerance leaves bits to be left out."""
+    return tolerance * unit_roundoff >= worst_case.FINEST_BUDGET if certified else tolerance > 0
 
 
 def _realized(**tensors: ir.TensorBox | None) -> dict[str, ir.IRNode]:
@@ -299,5 +304,10 @@ def register() -> None:
         (ops.certified_read_attention.counted, ("bounds", "counters", "site")),
     ):
         register_lowering(overload, type_promotion_kind=None)(_lowering(_lower, *extras))
-    register_lowering(ops.packed_read_attention.default, type_promotion_kind=None)(_lowering(_lower_packed))
-    register_lowering(ops.packed_read_attention.counted, type_promotion_kind=None)(_lowering(_lower_packed, "counters", "site"))
+    for overload, extras in (
+        (ops.packed_read_attention.default, ()),
+        (ops.packed_read_attention.counted, ("counters", "site")),
+        (ops.certified_packed_read_attention.default, ("bounds", "site")),
+        (ops.certified_packed_read_attention.counted, ("bounds", "counters", "site")),
+    ):
+        register_lowering(overload, type_promotion_kind=None)(_lowering(_lower_packed, *extras))

@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from alignedkv_compile.contract import CacheRows, PackedRows, ShadowRead, Where
-from alignedkv_compile.ops import packed_read_attention
+from alignedkv_compile.ops import certified_packed_read_attention, packed_read_attention
 
 from .editor import GraphEditor
 from .nodes import mutated_by
 
-_PACKED = (packed_read_attention.default, packed_read_attention.counted)
+_PACKED = tuple(
+    getattr(read, overload)
+    for read in (packed_read_attention, certified_packed_read_attention)
+    for overload in ("default", "counted")
+)
 
 
 def return_reads(editor: GraphEditor) -> tuple[Node, ...]:

@@ -25,6 +25,7 @@ from .worth import AlignmentOptions, options_for
 READ = f"{NAMESPACE}::aligned_read_attention"
 CERTIFIED_READ = f"{NAMESPACE}::certified_read_attention"
 PACKED_READ = f"{NAMESPACE}::packed_read_attention"
+CERTIFIED_PACKED_READ = f"{NAMESPACE}::certified_packed_read_attention"
 WRITE = f"{NAMESPACE}::quantize_on_write"
 
 
@@ -158,8 +159,9 @@ def _check_counts(nodes: list[Node], before: GraphSnapshot, pairing: Pairing, op
     counts = Counter(operation(node) for node in nodes)
     writes = sum(expected.writes for expected in before.expected)
     packed = sum(expected.packed_reads for expected in before.expected)
-    reads = {READ: 0, CERTIFIED_READ: 0, PACKED_READ: packed}
+    reads = {READ: 0, CERTIFIED_READ: 0, PACKED_READ: 0, CERTIFIED_PACKED_READ: 0}
     reads[CERTIFIED_READ if options.certified else READ] = len(pairing.rewritten) - packed
+    reads[CERTIFIED_PACKED_READ if options.certified else PACKED_READ] = packed
     for name, expected in {**reads, WRITE: writes}.items():
         if counts[name] != expected:
             raise GraphVerificationError(f"{counts[name]} nodes of {name} where {expected} belong")

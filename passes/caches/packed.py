@@ -20,9 +20,9 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from alignedkv_compile.contract import Outcome
-from alignedkv_compile.ops import load_rows, packed_read_attention, store_rows
+from alignedkv_compile.ops import certified_packed_read_attention, load_rows, packed_read_attention, store_rows
 from alignedkv_compile.reasons import Reason
-from alignedkv_compile.storage import STORAGES
+from alignedkv_compile.storage import STORAGES, Storage
 from alignedkv_compile.torch_private import OpOverload, generates_triton
 
 from ..attention import check_cache_pair, is_prefill, site_over
@@ -39,20 +39,32 @@ _PLANES, _KEY, _VALUE, _POSITIONS, _ROWS, _CAPACITY, _STORAGE = range(7)
 """Arguments of ``load_rows``; those of ``store_rows`` are the same without the rows."""
 
 
+@dataclass(frozen=True)
 class PackedKind:
-    """K and V that come out of an arena."""
+    """K and V that come out of an arena.
 
+    Attributes:
+        lossless: whether the arenas hold every bit; those that do are a kind of their own, which can be certified.
+    """
+
+    lossless: bool
     name = "packed"
-    uncertifiable = (
-        "a cache made of planes holds no other copy of its rows for a certified read to take; use a cache of transformers with"
-        " guarantee='worst_case'"
-    )
+
+    @property
+    def uncertifiable(self) -> str:
+        if self.lossless:
+            return ""
+        return (
+            "a cache of few bits has none left for a certified read to take; with guarantee='worst_case' use"
+            " alignedkv_compile.Cache(config, 'lossless') or a cache of transformers"
+        )
 
     def read_shape(self, site: AttentionSite) -> None:
         """None: every bit of a row takes decoding, and fewer always pay."""
 
     def claims(self, rows: Node, facts: GraphFacts) -> bool:
-        return _loaded(rows) is not None
+        load = _loaded(rows)
+        return load is not None and _storage(load).residual is self.lossless
 
     def site(self, candidate: CandidateCall, facts: GraphFacts) -> AttentionSite:
         key, value = candidate.key.base, candidate.value.base
@@ -62,7 +74,7 @@ class PackedKind:
             raise Declined(Reason.MIXED_CACHES, "K and V are not those of one layer of the cache")
         check_cache_pair(key, value)
         dtype = fake(key).dtype
-        if generates_triton(fake(key).device) and not STORAGES[str(load.args[_STORAGE])].has_triton(dtype):
+        if generates_triton(fake(key).device) and not _storage(load).has_triton(dtype):
             what = f"lossless rows of {dtype} are read by generated C++ only; they are decoded here, by eager code"
             raise Declined(Reason.DEVICE, what)
         call, query = candidate.call, candidate.call.query
@@ -84,7 +96,7 @@ class PackedKind:
         return None
 
 
-PACKED = PackedKind()
+PACKED, LOSSLESS = PackedKind(lossless=False), PackedKind(lossless=True)
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ class PackedRead(CacheRead):
     load: Node
 
     def operator(self, statistics: StatisticsInputs) -> OpOverload:
-        return packed_read_attention.default if statistics.counters is None else packed_read_attention.counted
+        read = packed_read_attention if statistics.bounds is None else certified_packed_read_attention
+        return read.default if statistics.counters is None else read.counted
 
     @property
     def operands(self) -> tuple[Argument, ...]:
@@ -155,6 +168,10 @@ def _loaded(rows: Node) -> Node | None:
         return None
     load = rows.args[0]
     return load if isinstance(load, Node) and load.target is load_rows.default else None
+
+
+def _storage(load: Node) -> Storage:
+    return STORAGES[str(load.args[_STORAGE])]
 
 
 def _load_of(site: AttentionSite) -> Node:

@@ -213,6 +213,24 @@ def run_certified_reference(case: Case, planes: torch.Tensor | None) -> Certifie
     return _run_certified(ops.certified_read_attention.counted, case, planes)
 
 
+def run_certified_lossless(case: Case, planes: torch.Tensor, *, compiled: bool) -> Certified:
+    """The certified read of a lossless cache, in generated C++ or by the reference."""
+    if not compiled:
+        return _run_certified(_certified_lossless, case, planes)
+    _mark_rows_dynamic(case, planes)
+    with keyed_caches():
+        return _run_certified(_compiled_certified_lossless(), case, planes)
+
+
+def _certified_lossless(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, *others: object
+) -> torch.Tensor:
+    """Of K and V only the shapes are read."""
+    mask, sinks, *rest = others
+    cache = (key.shape[1], value.shape[3], key.dtype, "lossless", key.shape[2])
+    return ops.certified_packed_read_attention.counted(query, planes, mask, sinks, *cache, *rest)
+
+
 def certified_errors(case: Case, output: torch.Tensor) -> torch.Tensor:
     """Errors ``[Hq]`` in units of ``u * ||output||``, the largest over query rows: what certificates bound."""
     error = (output.double() - exact(case)).norm(dim=-1)
@@ -264,6 +282,11 @@ def _compiled_certified() -> Callable[..., torch.Tensor]:
         return ops.certified_read_attention.counted(*arguments)
 
     return torch.compile(attention, fullgraph=True)
+
+
+@functools.cache
+def _compiled_certified_lossless() -> Callable[..., torch.Tensor]:
+    return torch.compile(_certified_lossless, fullgraph=True)
 
 
 def run_write(planes: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, capacity: int) -> None:

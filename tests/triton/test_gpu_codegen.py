@@ -20,6 +20,8 @@ PACKED = (
     *(f"{name} 8bit" for name in ("scan", "finish", "repair")),
     *(f"{name} 4bit+" for name in ("quantize_on_write", "finish", "repair")),
 )
+LOSSLESS = tuple(f"{name} lossless" for name in ("quantize_on_write", "raw", "scan", "finish", "repair"))
+"""For bfloat16."""
 KERNELS = ("quantize_on_write", *READ, *PACKED, "stream at tolerance 0", "combine at tolerance 0")
 MOST_REGISTERS = {
     "scan": 144,
@@ -49,8 +51,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return {entry["kernel"]: entry for entry in json.loads(path.read_text())}
 
 
-def test_every_kernel_compiles_and_none_spills(compiled: dict[str, dict[str, Any]]) -> None:
+def test_every_kernel_compiles_and_none_spills(compiled: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> None:
     assert set(KERNELS) <= set(compiled)
+    assert (set(LOSSLESS) <= set(compiled)) == (request.node.callspec.params["compiled"] == "bfloat16")
     assert {name: entry["spilled_bytes"] for name, entry in compiled.items() if entry["spilled_bytes"]} == {}
 
 

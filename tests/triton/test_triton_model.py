@@ -75,7 +75,7 @@ def test_decode_as_triton(llama: Any, kind: str, tolerance: float, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["8bit", "4bit+"])
+@pytest.mark.parametrize("storage", ["lossless", "8bit", "4bit+"])
 def test_decode_over_planes_as_triton(llama: Any, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"strict": True, "min_context": 0, "stats": True}
 
