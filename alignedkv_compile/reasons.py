@@ -121,8 +121,8 @@ _EXPLANATIONS = {
         "Run on a CPU, or on a GPU for which Inductor generates Triton.",
     ),
     Reason.GUARANTEE: (
-        '`guarantee="worst_case"` was asked for where no certified read is generated.',
-        'Use `guarantee="expected"`, or run on a CPU.',
+        '`guarantee="worst_case"` was asked for where no certified read is generated, or over a cache of too few bits.',
+        'Use `guarantee="expected"`, or run on a CPU, with a cache of transformers or a lossless `alignedkv_compile.Cache`.',
     ),
     Reason.INTERNAL_ERROR: (
         "The passes or the compiler failed, and the whole graph went to stock Inductor. This is a defect of this package.",

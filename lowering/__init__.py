@@ -1,4 +1,4 @@
-"""Inductor lowerings of the seven operators, all but the copy: Python decides (shapes, constants, instruction set), Jinja
+"""Inductor lowerings of the eight operators, all but the copy: Python decides (shapes, constants, instruction set), Jinja
 templates compute.
 
 ``quantize.py`` turns those that move rows into kernels from ``templates/``, ``attention.py`` those that attend to them;

@@ -213,3 +213,33 @@ def test_devices_without_a_certified_kernel_are_refused_by_strict(steps: Any) ->
     ):
         certified(steps.static)(*steps.inputs(96).next())
     assert isinstance(raised.value.inner_exception, DeclinedError)
+
+
+def test_a_lossless_cache(tiny_llama: Any) -> None:
+    """Its planes are all that there is of it, and every bit is in them: checked by the shadow's decoding of them."""
+    checks: list[Any] = []
+    remove = alignedkv_compile.on_shadow(checks.append)
+    prompt, tokens = torch.randint(0, 64, (1, LIVE)), torch.randint(0, 64, (3, 1, 1))
+    cache = alignedkv_compile.Cache(tiny_llama.config, "lossless", CAPACITY)
+    tiny_llama(input_ids=prompt, past_key_values=cache)
+    options = {**CERTIFIED, "tolerance": 64.0, "shadow_every": 1}
+    compiled = torch.compile(tiny_llama.forward, backend="alignedkv", options=options)
+    for token in tokens:
+        compiled(input_ids=token, past_key_values=cache)
+    remove()
+    statistics = alignedkv_compile.stats()
+    assert statistics.fraction < 1
+    assert statistics.worst_certificate is not None
+    assert 0 < statistics.worst_certificate <= 64.0 * (1 + 2.0**-23)
+    assert len(checks) == len(tokens)
+    assert all(set(check.errors) == {0, 1} for check in checks)
+    assert all(0 < 64.0 * check.worst <= statistics.worst_certificate for check in checks)
+
+
+def test_a_cache_of_few_bits_is_declined(tiny_llama: Any) -> None:
+    cache = alignedkv_compile.Cache(tiny_llama.config, "8bit", CAPACITY)
+    tiny_llama(input_ids=torch.randint(0, 64, (1, LIVE)), past_key_values=cache)
+    compiled = torch.compile(tiny_llama.forward, backend="alignedkv", options=CERTIFIED)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a cache of few bits has none left") as raised:
+        compiled(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+    assert isinstance(raised.value.inner_exception, DeclinedError)
