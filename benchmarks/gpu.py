@@ -30,7 +30,7 @@ from alignedkv_compile.demo.console import open_console
 from gpu_decode import DESCRIPTIONS as MODEL_VARIANTS
 from gpu_decode import GROUPED, Decoded, batch_entry, decode, free_memory
 from gpu_model import TINY, ModelShape, build, sharpen
-from gpu_operator import ALIGNED, CASES, OTHER_CASES, QUICK_CASES, STREAM, TINY_CASES, Case, Plan, measure, reason
+from gpu_operator import ALIGNED, CASES, LOSSLESS, OTHER_CASES, QUICK_CASES, STREAM, TINY_CASES, Case, Plan, measure, reason
 from gpu_operator import DESCRIPTIONS as OPERATOR_VARIANTS
 from gpu_report import (
     MODEL_TARGETS,
@@ -120,7 +120,7 @@ def time_model(run: Run, results: Results, shape: ModelShape, tokens: int) -> No
 
 def plan_of(case: Case, plan: Plan) -> Plan:
     """Of the other shapes only what an error needs."""
-    return replace(plan, variants=(ALIGNED, STREAM, "sdpa"), profiled=()) if case in OTHER_CASES else plan
+    return replace(plan, variants=(ALIGNED, LOSSLESS, STREAM, "sdpa"), profiled=()) if case in OTHER_CASES else plan
 
 
 def jobs_of(run: Run, cases: Sequence[Case], plan: Plan, shape: ModelShape | None) -> list[Job]:

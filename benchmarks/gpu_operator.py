@@ -12,10 +12,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignedkv_compile import lowering
+from alignedkv_compile import lowering, storage
 from alignedkv_compile.break_even import ReadShape
-from alignedkv_compile.layout import arena_layout
-from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention
+from alignedkv_compile.layout import ArenaLayout, arena_layout
+from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention, load_rows, packed_read_attention, store_rows
 from alignedkv_compile.options import UNIT_ROUNDOFF, Options
 from alignedkv_compile.plane_builder import PLANE_BUILDER
 from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, exact_attention, synthetic
@@ -34,12 +34,13 @@ from gpu_timing import (
     synchronize,
 )
 
-ALIGNED, STREAM, FLOOR, CUDNN, FLASH = "aligned", "stream", "read only", "sdpa cudnn", "sdpa flash"
+ALIGNED, LOSSLESS, STREAM, FLOOR, CUDNN, FLASH = "aligned", "lossless", "stream", "read only", "sdpa cudnn", "sdpa flash"
 SDPA = (CUDNN, FLASH, "sdpa cudnn packed", "sdpa flash packed", "sdpa")
 CUDA_ONLY = (FLOOR, *SDPA[:4])
 
 DESCRIPTIONS = {
     ALIGNED: "this backend's read at the given tolerance",
+    LOSSLESS: "the same over a lossless cache, which is nothing but planes",
     STREAM: "this backend's read at tolerance 0: all bits",
     CUDNN: "scaled_dot_product_attention(enable_gqa=True), cuDNN's kernel forced",
     FLASH: "the same, FlashAttention forced",
@@ -105,7 +106,7 @@ class Plan:
     min_context: int | None = Options.min_context
     repeats: int = 15
     variants: tuple[str, ...] = tuple(DESCRIPTIONS)
-    profiled: tuple[str, ...] = (ALIGNED, STREAM, CUDNN, FLASH)
+    profiled: tuple[str, ...] = (ALIGNED, LOSSLESS, STREAM, CUDNN, FLASH)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def _shape_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Re
 def read(tolerance: float, min_context: int | None = None) -> Call:
     """This backend's operator, compiled; the planes are not passed when every bit is read."""
 
-    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+    def call(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, *_: torch.Tensor
+    ) -> torch.Tensor:
         scale, unit = key.shape[3] ** -0.5, UNIT_ROUNDOFF[key.dtype]
         arena = planes if tolerance > 0 else None
         least = Options(min_context=min_context).least_context(_shape_of(query, key, value))
@@ -162,46 +165,58 @@ def read(tolerance: float, min_context: int | None = None) -> Call:
     return torch.compile(call, fullgraph=True)
 
 
+def read_lossless(tolerance: float) -> Call:
+    """The read of an arena that is the cache; of K and V only the shapes are looked at."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: torch.Tensor, arena: torch.Tensor) -> torch.Tensor:
+        heads, context, unit = key.shape[1], key.shape[2], UNIT_ROUNDOFF[key.dtype]
+        cache = (heads, value.shape[3], key.dtype, storage.LOSSLESS.name, context, context)
+        return packed_read_attention.default(query, arena, None, None, *cache, key.shape[3] ** -0.5, 0.0, tolerance, unit, 0)
+
+    return torch.compile(call, fullgraph=True)
+
+
 def variants(plan: Plan) -> dict[str, Call]:
-    """What is compared, by name; takes query, key, value, planes."""
+    """What is compared, by name; takes query, key, value, planes, a lossless arena."""
     from torch.nn.attention.flex_attention import flex_attention
 
     flex = torch.compile(lambda query, key, value: flex_attention(query, key, value, enable_gqa=True), fullgraph=True)
 
     def grouped(backend: SDPBackend) -> Call:
-        def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _planes: torch.Tensor) -> torch.Tensor:
+        def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
         return call
 
     def packed(backend: SDPBackend) -> Call:
-        def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _planes: torch.Tensor) -> torch.Tensor:
+        def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             rows = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(rows, key, value).reshape(query.shape)
 
         return call
 
-    def floor(_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _planes: torch.Tensor) -> torch.Tensor:
+    def floor(_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         from gpu_bandwidth import read as read_only
 
         return read_only(key, value)
 
     return {
         ALIGNED: read(plan.tolerance, plan.min_context),
+        LOSSLESS: read_lossless(plan.tolerance),
         STREAM: read(0.0),
         CUDNN: grouped(SDPBackend.CUDNN_ATTENTION),
         FLASH: grouped(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn packed": packed(SDPBackend.CUDNN_ATTENTION),
         "sdpa flash packed": packed(SDPBackend.FLASH_ATTENTION),
-        "sdpa": lambda query, key, value, _: scaled_dot_product_attention(query, key, value, enable_gqa=True),
-        "flex_attention": lambda query, key, value, _: flex(query, key, value),
+        "sdpa": lambda query, key, value, *_: scaled_dot_product_attention(query, key, value, enable_gqa=True),
+        "flex_attention": lambda query, key, value, *_: flex(query, key, value),
         FLOOR: floor,
     }
 
 
-COMPILED = (ALIGNED, STREAM, "flex_attention")
+COMPILED = (ALIGNED, LOSSLESS, STREAM, "flex_attention")
 
 
 def compile_case(case: Case, device: torch.device, plan: Plan) -> None:
@@ -209,24 +224,53 @@ def compile_case(case: Case, device: torch.device, plan: Plan) -> None:
     inputs, calls = inputs_of(case, device), variants(plan)
     bytes_share(inputs, plan)
     for name in COMPILED:
-        if name in plan.variants:
+        if name in plan.variants and not (name == LOSSLESS and lacks_lossless(case, device)):
             calls[name](*inputs)
     synchronize(device)
 
 
 def inputs_of(case: Case, device: torch.device) -> Inputs:
-    """Query, key, value and planes."""
+    """Query, key, value, planes, and an arena that is a lossless cache, empty where no kernel could read it.
+
+    Raises:
+        AssertionError: rows do not come out of that arena bit for bit.
+    """
     lowering.register()
     keys = min(EFFECTIVE_KEYS, case.context / 4)
     layer = synthetic(case.shape, case.context, getattr(torch, case.dtype), keys, batch=case.batch, device=device)
     planes = torch.zeros(arena_layout(layer.key, layer.value).total, dtype=torch.uint8, device=device)
     PLANE_BUILDER.rebuild(planes, layer.key, layer.value, case.context)
-    return layer.query, layer.key, layer.value, planes
+    arena = planes.new_empty(0) if lacks_lossless(case, device) else lossless(layer)
+    return layer.query, layer.key, layer.value, planes, arena
+
+
+def lacks_lossless(case: Case, device: torch.device) -> bool:
+    """Whether no kernel writes and reads a lossless cache of this dtype."""
+    return device.type != "cpu" and not storage.LOSSLESS.has_triton(getattr(torch, case.dtype))
+
+
+def lossless(layer: Layer) -> torch.Tensor:
+    """K and V as an arena that is the cache; some rows are looked at."""
+    batch, heads, context, dim = layer.key.shape
+    layout = ArenaLayout(batch * heads, context, dim, layer.value.shape[3], storage.LOSSLESS, layer.key.element_size())
+    arena = torch.zeros(layout.total, dtype=torch.uint8, device=layer.key.device)
+    positions = torch.arange(context, device=arena.device)
+
+    def store(arena: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
+        store_rows.default(arena, key, value, positions, key.shape[2], storage.LOSSLESS.name)
+
+    torch.compile(store, fullgraph=True)(arena, layer.key, layer.value, positions)
+    nothing, rows = positions[:0], min(context, 512)
+    none = layer.key[:, :, :0], layer.value[:, :, :0]
+    held = load_rows.default(arena, *none, nothing, rows, context, storage.LOSSLESS.name)
+    assert torch.equal(held[0], layer.key[:, :, :rows]), "K does not come out of a lossless cache as it went in"
+    assert torch.equal(held[1], layer.value[:, :, :rows]), "V does not come out of a lossless cache as it went in"
+    return arena
 
 
 def bytes_share(inputs: Inputs, plan: Plan) -> float:
     """Share of the cache's bytes that the aligned read states to have read."""
-    query, key, value, planes = inputs
+    query, key, value, planes, _ = inputs
     counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64, device=key.device)
     least = Options(min_context=plan.min_context).least_context(_shape_of(query, key, value))
     options = (None, None, key.shape[2], key.shape[3] ** -0.5, 0.0, plan.tolerance, UNIT_ROUNDOFF[key.dtype], least)
@@ -260,7 +304,7 @@ def measure(case: Case, device: torch.device, plan: Plan, has_time: Callable[[],
     """Check and time every variant; one that fails, or for which no time is left, says so and stops none of the others."""
     torch.compiler.reset()
     first = inputs_of(case, device)
-    query, key, value, _ = first
+    query, key, value, *_ = first
     exact = exact_attention(Layer(query, key, value))
     cache_bytes = 2 * key.numel() * key.element_size()
     copies = copies_needed(cache_bytes, sum(tensor.numel() * tensor.element_size() for tensor in first), device)
@@ -278,6 +322,8 @@ def measure(case: Case, device: torch.device, plan: Plan, has_time: Callable[[],
     for name, call in calls.items():
         if name in CUDA_ONLY and device.type != "cuda":
             found[name] = Measured(not_run="no CUDA")
+        elif name == LOSSLESS and lacks_lossless(case, device):
+            found[name] = Measured(not_run=f"no Triton for lossless rows of {case.dtype}")
         elif not has_time():
             found[name] = Measured(not_run="no time left")
         else:
@@ -307,7 +353,7 @@ def _judged(name: str, times: Times, output: torch.Tensor, exact: torch.Tensor, 
         return Measured(times)
     error = errors(output, exact)
     largest, mean = float(error.max()), float(error.mean())
-    allowed = allowed_error(tolerance if name == ALIGNED else 0.0)
+    allowed = allowed_error(tolerance if name in (ALIGNED, LOSSLESS) else 0.0)
     return Measured(times, largest, mean, wrong=not largest <= allowed)
 
 

@@ -45,7 +45,7 @@ def operator_job(case: Case, device: torch.device, plan: Plan) -> Job:
     """All compiled variants of a case."""
     cache = 4 * case.batch * case.context * case.shape.heads * case.shape.head_dim
     work = {"kind": "operator", "device": str(device), "case": asdict(case), "plan": asdict(plan)}
-    return Job(f"operator {case}", 1.0 + 2.0 * cache / 2**30, json.dumps(work))
+    return Job(f"operator {case}", 1.0 + 3.5 * cache / 2**30, json.dumps(work))
 
 
 def model_job(variant: str, batch: int, shape: ModelShape, device: torch.device) -> Job:
