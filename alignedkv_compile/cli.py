@@ -112,8 +112,8 @@ def evaluate(
     from .evaluate.plot import draw
     from .evaluate.render import print_result
     from .evaluate.result import Settings
-    from .evaluate.run import DTYPES
     from .evaluate.run import evaluate as run_evaluation
+    from .storage import DTYPES
 
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")

@@ -12,9 +12,13 @@ lossless     both planes and a residual: every number comes back bit for bit    
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+"""What a cache's numbers may be, by name."""
 
 WINDOW = 128
 """Rows at either end of a ``4bit+`` cache that keep eight bits: attention sinks stand at its start, what is being written at

@@ -22,12 +22,11 @@ from alignedkv_compile.demo.document import long_document
 from alignedkv_compile.demo.model import DemoUnavailableError, load_smollm2
 from alignedkv_compile.demo.prefill import prefill
 from alignedkv_compile.evaluate.texts import read_text
+from alignedkv_compile.storage import DTYPES
 from attention_inputs import captured, peakedness
 
 Layers = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Query, key and value of each layer."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Recorder:

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from alignedkv_compile.contract import Outcome
 from alignedkv_compile.layout import MAX_HEAD_DIM
 from alignedkv_compile.reasons import Reason
+from alignedkv_compile.storage import DTYPES
 from alignedkv_compile.torch_private import FakeTensor, generates_triton
 
 from .nodes import Declined, arguments, constant, depends_on_data, example_size, fake, is_symbolic, operation, same, tensor_of
@@ -20,8 +21,6 @@ from .softmax import written_out_call
 
 if TYPE_CHECKING:
     from .caches.kind import CacheKind
-
-CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _SUPPORTED = "supported are bfloat16, float16 and float32"
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -90,7 +89,7 @@ def check_cache_tensor(node: Node, name: str) -> None:
         raise Declined(Reason.DEVICE, f"no lowering for device {tensor.device.type} yet")
     if tensor.dim() != 4:
         raise Declined(Reason.SHAPE, f"{name} has {tensor.dim()} dimensions, not 4")
-    if tensor.dtype not in CACHE_DTYPES:
+    if tensor.dtype not in DTYPES.values():
         raise Declined(Reason.DTYPE, f"{name} is {_name(tensor.dtype)}; {_SUPPORTED}")
     check_head_dim(constant(tensor.shape[3]), name)
 
@@ -165,7 +164,7 @@ def check_query(call: AttentionCall, key: CacheOperand, value: CacheOperand) -> 
         raise Declined(Reason.SHAPE, "K and V heads are repeated differently")
     if not _equal(query.shape[-1], cache.shape[3]):
         raise Declined(Reason.SHAPE, "query and K have different head dimensions")
-    if query.dtype not in CACHE_DTYPES:
+    if query.dtype not in DTYPES.values():
         raise Declined(Reason.DTYPE, f"the query is {_name(query.dtype)}; {_SUPPORTED}")
     return call.query
 

@@ -32,7 +32,7 @@ def bench_models(
     Each model is measured as in `alignedkv demo`; files are written after each. Exits with 1 when one could not be measured.
     """
     from ..demo.result import Settings
-    from ..evaluate.run import DTYPES
+    from ..storage import DTYPES
     from .result import SuiteResult
     from .run import run_suite
     from .table import print_table, write_markdown

@@ -18,11 +18,9 @@ from ..arena_copies import resized, selected
 from ..arena_memory import zeroed_arena
 from ..errors import CacheRowsError
 from ..layout import MAX_HEAD_DIM, SCORE_GROUP, ArenaLayout
-from ..storage import STORAGES
+from ..storage import DTYPES, STORAGES
 from . import rows
 from .usage import USAGE
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 GROWTH = 64
 """A growing layer makes room for one more of so many rows at a time, and for a group at least: little to spare, and a row is
@@ -96,7 +94,7 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        if self.dtype not in DTYPES or value_states.dtype != self.dtype:
+        if self.dtype not in DTYPES.values() or value_states.dtype != self.dtype:
             raise CacheRowsError(f"rows of {self.dtype} and {value_states.dtype}; both must be bfloat16, float16 or float32")
         for size in (self.k_head_dim, self.v_head_dim):
             if not 8 <= size <= MAX_HEAD_DIM:

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from ..demo.environment import describe
 from ..demo.model import LoadedModel
+from ..storage import DTYPES
 from .equal_bytes import at_equal_bytes
 from .errors import EvaluationError
 from .gates import Gate, violations
@@ -22,8 +23,6 @@ from .result import Result, Settings
 from .scores import Score, score
 from .teacher_forcing import run as run_pass
 from .texts import read_text
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def evaluate(

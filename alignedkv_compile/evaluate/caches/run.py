@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 from ...demo.environment import describe
 from ...demo.model import LoadedModel
+from ...storage import DTYPES
 from ..errors import EvaluationError
 from ..loading import load_model
 from ..progress import progress_bars
-from ..run import DTYPES
 from ..texts import read_text
 from .continuing import Continued, run_after
 from .kinds import KINDS, CacheKind, choose
