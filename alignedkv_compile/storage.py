@@ -41,9 +41,14 @@ class Storage:
     residual: bool = False
     windowed: bool = False
 
-    def has_triton(self, dtype: torch.dtype) -> bool:
-        """Whether kernels for GPUs write and read such an arena, if the cache's numbers are of ``dtype``."""
-        return not self.residual or dtype == torch.bfloat16
+    def has_triton(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether kernels for GPUs write and read such an arena, if the cache's numbers are of ``dtype``.
+
+        The last bits of a float16 number's interval hang on a rounded product, which can be asked for in PTX only; CPUs, where
+        kernels are interpreted, round every product.
+        """
+        rounds = device.type in ("cuda", "cpu") and torch.version.hip is None
+        return not self.residual or dtype == torch.bfloat16 or (dtype == torch.float16 and rounds)
 
 
 BESIDE = Storage("beside", packed=False)

@@ -403,7 +403,7 @@ def compile_target(target: str, dims: Sequence[int], dtype: torch.dtype, queries
                 {"quantize_on_write", "finish", "repair"},
             ),
         }
-        if dtype == torch.bfloat16:
+        if STORAGES["lossless"].has_triton(dtype, torch.device("cuda")):
             lossless = PackedCall(dim, queries=queries, dtype=dtype, storage="lossless")
             calls[" lossless"] = (lossless, {"quantize_on_write", "raw", "scan", "finish", "repair"})
         for suffix, (call, wanted) in calls.items():

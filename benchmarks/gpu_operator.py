@@ -246,7 +246,7 @@ def inputs_of(case: Case, device: torch.device) -> Inputs:
 
 def lacks_lossless(case: Case, device: torch.device) -> bool:
     """Whether no kernel writes and reads a lossless cache of this dtype."""
-    return device.type != "cpu" and not storage.LOSSLESS.has_triton(getattr(torch, case.dtype))
+    return device.type != "cpu" and not storage.LOSSLESS.has_triton(getattr(torch, case.dtype), device)
 
 
 def lossless(layer: Layer) -> torch.Tensor:

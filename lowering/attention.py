@@ -282,7 +282,7 @@ def _lower_to_triton(inputs: Mapping[str, ir.IRNode], output: ir.FixedLayout, co
     from .triton.attention import Read  # triton need not be installed for CPUs
 
     certified = "bounds" in inputs
-    if certified or not constants.arena.storage.has_triton(constants.dtype):
+    if certified or not constants.arena.storage.has_triton(constants.dtype, output.get_device()):
         what = "certified_read_attention" if certified else f"packed_read_attention of lossless rows of {constants.dtype}"
         raise NotImplementedError(f"{what} has generated C++ only; call it outside torch.compile on this device")
     mask = inputs.get("mask")

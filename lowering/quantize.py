@@ -109,7 +109,7 @@ def _lower_store(
     storage: str,
 ) -> None:
     triton = generates_triton(device_of(planes))
-    if triton and not STORAGES[storage].has_triton(key.get_dtype()):
+    if triton and not STORAGES[storage].has_triton(key.get_dtype(), device_of(planes)):
         _eagerly(ops.store_rows.default)(planes, key, value, positions, capacity, storage)
         return
     inputs = _inputs(planes, key, value, positions)

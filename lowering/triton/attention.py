@@ -103,6 +103,7 @@ class Read:
             "ABS_SCALE": abs(call.scale),
             "PRECISION": "'ieee'" if is_hip() else "'tf32x3'",
             "PACKED": has_ptx(device),
+            "PLACES": call.dtype == torch.float16,
             "FULL_KEY": self.arena.key_dim * element.itemsize,
             "FULL_VALUE": self.arena.value_dim * element.itemsize,
             "READ_KEY": self.arena.key_dim * (element.itemsize - residual),

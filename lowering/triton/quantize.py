@@ -33,6 +33,7 @@ def lower(
         "RECORD": arena.block_record,
         "WINDOW": WINDOW,
         "PACKED": has_ptx(device),
+        "PLACES": key.get_dtype() == torch.float16,
     }
     sizes = [batch * heads, rows, capacity, *key.get_stride()[:3], *value.get_stride()[:3], *positions.get_stride()]
     emit(

@@ -73,9 +73,9 @@ class PackedKind:
         if other is not load or key.args[1] != 0 or value.args[1] != 1:
             raise Declined(Reason.MIXED_CACHES, "K and V are not those of one layer of the cache")
         check_cache_pair(key, value)
-        dtype = fake(key).dtype
-        if generates_triton(fake(key).device) and not _storage(load).has_triton(dtype):
-            what = f"lossless rows of {dtype} are read by generated C++ only; they are decoded here, by eager code"
+        dtype, device = fake(key).dtype, fake(key).device
+        if generates_triton(device) and not _storage(load).has_triton(dtype, device):
+            what = f"no kernel for {device.type} reads lossless rows of {dtype}; they are decoded here, by eager code"
             raise Declined(Reason.DEVICE, what)
         call, query = candidate.call, candidate.call.query
         if is_prefill(call) and isinstance(query, Node):  # which may read a part of the rows, those at hand say

@@ -1,4 +1,4 @@
-"""Lossless caches of bfloat16 numbers, written and read by Triton in the interpreter: every byte of the reference's residuals,
+"""Lossless caches of 16-bit numbers, written and read by Triton in the interpreter: every byte of the reference's residuals,
 and plain attention over the rows themselves."""
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def raw_rows(case: Case) -> int:
 
 HEADS = [
     pytest.param({"key_dim": 64}, id="64"),
+    pytest.param({"key_dim": 64, "dtype": torch.float16}, id="64-fp16"),
+    pytest.param({"key_dim": 21, "value_dim": 9, "dtype": torch.float16}, id="odd-fp16", marks=pytest.mark.slow),
     pytest.param({"key_dim": 80, "value_dim": 40}, id="80-40", marks=pytest.mark.slow),
     pytest.param({"key_dim": 21, "value_dim": 9}, id="odd"),
 ]
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_the_bytes_of_the_reference(heads: dict[str, int]) -> None:
+def test_the_bytes_of_the_reference(heads: dict[str, object]) -> None:
     case = with_raw_rows(make_case(rows=180, **heads))  # type: ignore[arg-type]
     hard_rows(case)
     case.key[0, 1, 150:160] *= 1e-3
@@ -57,6 +59,7 @@ def test_the_bytes_of_the_reference(heads: dict[str, int]) -> None:
 
 SHAPES = [
     pytest.param({"group": 3, "rows": 700}, id="grouped"),
+    pytest.param({"group": 2, "rows": 600, "dtype": torch.float16, "unit_roundoff": 2.0**-8}, id="fp16"),
     pytest.param({"heads": 1, "group": 4, "rows": 900, "peak": 4.0}, id="peaked", marks=pytest.mark.slow),
     pytest.param(
         {"batch": 2, "heads": 1, "group": 1, "rows": 430, "key_dim": 21, "value_dim": 9}, id="odd", marks=pytest.mark.slow
@@ -133,14 +136,23 @@ def test_a_bias_and_sinks() -> None:
     mask_rate=st.sampled_from([None, 0.02, 0.5, 0.98]),
     special=st.sampled_from(["none", "repeated rows", "sink", "outlier channel", "tiny", "huge", "zeros"]),
     raw_rate=st.sampled_from([0.0, 0.01, 0.5]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
 )
 def test_any_values(
-    rows: int, peak: float, tolerance: float, seed: int, mask_rate: float | None, special: str, raw_rate: float
+    rows: int,
+    peak: float,
+    tolerance: float,
+    seed: int,
+    mask_rate: float | None,
+    special: str,
+    raw_rate: float,
+    dtype: torch.dtype,
 ) -> None:
     """Within a few budgets of float64, in every single output row."""
     mask = random_mask(mask_rate, rows, seed)
-    case = make_case(heads=1, rows=rows, peak=peak, seed=seed, mask=mask, tolerance=tolerance)
-    distort(case, special, 60)
+    fields = {"dtype": dtype, "unit_roundoff": 2.0**-8, "mask": mask, "tolerance": tolerance}
+    case = make_case(heads=1, rows=rows, peak=peak, seed=seed, **fields)  # type: ignore[arg-type]
+    distort(case, special, 60 if dtype == torch.bfloat16 else 8)
     raw = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < raw_rate
     case.key[:, :, raw, ::3] *= 1e-4
     added = float(added_error_in_rho(case, run(case, stored(case, "lossless"), "lossless")[0]).max()) / (6 * tolerance + 1)

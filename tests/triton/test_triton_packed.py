@@ -139,8 +139,8 @@ def test_masks_and_sinks() -> None:
 
 
 def test_what_has_no_triton_is_called_as_it_is() -> None:
-    """Lossless rows of fp16, and rows for a prompt: the operators' eager meaning, from within the compiled graph."""
-    case = make_case(heads=1, rows=40, dtype=torch.float16)
+    """Lossless rows of fp32, and rows for a prompt: the operators' eager meaning, from within the compiled graph."""
+    case = make_case(heads=1, rows=40, dtype=torch.float32)
     new, capacity = torch.arange(40), 40
     expected, found = (torch.zeros(layout_of(case, "lossless").total, dtype=torch.uint8) for _ in range(2))
     ops.store_rows.default(expected, case.key, case.value, new, capacity, "lossless")
