@@ -72,7 +72,7 @@ def test_loads_are_wide(compiled: dict[str, dict[str, Any]]) -> None:
         assert compiled[name]["loads"].get("16", 0) >= number, name
 
 
-def test_products_use_tensor_cores(compiled: dict[str, dict[str, Any]]) -> None:
+def test_products_use_tensor_cores(compiled: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> None:
     cache = {"bfloat16": ".bf16", "float16": ".f16"}[request.node.callspec.params["compiled"]]
     assert any("s8" in name for name in compiled["scan"]["tensor_core"]), "scores come from int8 products"
     assert any("bf16" in name for name in compiled["finish"]["tensor_core"]), "planes of V are whole numbers in bfloat16"
