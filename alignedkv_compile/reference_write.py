@@ -144,14 +144,21 @@ def _padded(nibbles: torch.Tensor) -> torch.Tensor:
 
 def _sum_blocks(views: ArenaViews, values: torch.Tensor, positions: torch.Tensor) -> None:
     """Add rows to their block's sum in order; a row that does not continue the block makes the sum unusable."""
-    for index, position in enumerate(positions.tolist()):
-        block, place = divmod(position, BLOCK_ROWS)
-        row, count, total = values[:, index], views.value_count[:, block], views.value_sum[:, block]
-        total = row if place == 0 else total + row
-        usable = (count == place) | (place == 0)
+    numbers = positions.tolist()
+    index = 0
+    while index < len(numbers):
+        block, place = divmod(numbers[index], BLOCK_ROWS)
+        rows = 1  # those of the block that follow one another
+        while rows < BLOCK_ROWS - place and numbers[index + rows : index + rows + 1] == [numbers[index] + rows]:
+            rows += 1
+        total = values[:, index : index + rows].sum(1)
+        if place > 0:
+            total += views.value_sum[:, block]
+        usable = (views.value_count[:, block] == place) | (place == 0)
         usable &= torch.isfinite(total).all(-1)
         views.value_sum[:, block] = total
-        views.value_count[:, block] = torch.where(usable, place + 1, -1).to(torch.int32)
+        views.value_count[:, block] = torch.where(usable, place + rows, -1).to(torch.int32)
+        index += rows
 
 
 @library.impl(f"{ops.NAMESPACE}::resized_planes", "CompositeExplicitAutograd")
