@@ -147,18 +147,34 @@ def _sum_blocks(views: ArenaViews, values: torch.Tensor, positions: torch.Tensor
     numbers = positions.tolist()
     index = 0
     while index < len(numbers):
-        block, place = divmod(numbers[index], BLOCK_ROWS)
-        rows = 1  # those of the block that follow one another
-        while rows < BLOCK_ROWS - place and numbers[index + rows : index + rows + 1] == [numbers[index] + rows]:
+        rows = 1  # that follow one another
+        while index + rows < len(numbers) and numbers[index + rows] == numbers[index] + rows:
             rows += 1
-        total = values[:, index : index + rows].sum(1)
-        if place > 0:
-            total += views.value_sum[:, block]
-        usable = (views.value_count[:, block] == place) | (place == 0)
-        usable &= torch.isfinite(total).all(-1)
-        views.value_sum[:, block] = total
-        views.value_count[:, block] = torch.where(usable, place + rows, -1).to(torch.int32)
+        _sum_run(views, values[:, index : index + rows], numbers[index])
         index += rows
+
+
+def _sum_run(views: ArenaViews, values: torch.Tensor, start: int) -> None:
+    """Rows from ``start`` on, ``[BH, S, Dv]``. All blocks at once, each row by row, so that sums do not depend on which rows
+    come together."""
+    rows = values.shape[1]
+    first, place = divmod(start, BLOCK_ROWS)
+    blocks = (place + rows - 1) // BLOCK_ROWS + 1
+    end = place + rows - (blocks - 1) * BLOCK_ROWS  # rows of the last block
+    touched = slice(first, first + blocks)
+    padding = (0, 0, place, blocks * BLOCK_ROWS - place - rows)
+    grid = torch.nn.functional.pad(values, padding).unflatten(1, (blocks, BLOCK_ROWS))
+    total = views.value_sum[:, touched].clone()
+    for row in range(place, end) if blocks == 1 else range(BLOCK_ROWS):
+        present = slice(int(row < place), blocks if row < end else blocks - 1)
+        total[:, present] = grid[:, present, row] if row == 0 else total[:, present] + grid[:, present, row]
+    usable = torch.isfinite(total).all(-1)
+    if place > 0:
+        usable[:, 0] &= views.value_count[:, first] == place
+    count = torch.full_like(views.value_count[:, touched], BLOCK_ROWS)
+    count[:, -1] = end
+    views.value_sum[:, touched] = total
+    views.value_count[:, touched] = torch.where(usable, count, -1)
 
 
 @library.impl(f"{ops.NAMESPACE}::resized_planes", "CompositeExplicitAutograd")
