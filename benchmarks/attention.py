@@ -45,6 +45,7 @@ from attention_inputs import (
     effective_keys,
     exact_attention,
     layer_of,
+    parse_inputs,
 )
 from attention_variants import ALIGNED, DESCRIPTIONS, STREAM, Call, Prepared, make_calls, prepare
 
@@ -323,12 +324,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(DTYPES)}")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-
-
-def parse_inputs(name: str) -> str:
-    if name not in (MODEL, INDEPENDENT):
-        raise typer.BadParameter(f"{name!r} is none of {MODEL}, {INDEPENDENT}")
-    return name
 
 
 def main(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import typer
 
 from alignedkv_compile.cost import inputs as model_like
 
@@ -75,14 +76,44 @@ class Layer:
         return Layer(self.query.clone(), self.key.clone(), self.value.clone())
 
 
-def layer_of(inputs: str, shape: Shape, context: int, dtype: torch.dtype, effective_keys: float) -> Layer:
+def parse_inputs(name: str) -> str:
+    """The option ``--inputs``."""
+    if name not in (MODEL, INDEPENDENT):
+        raise typer.BadParameter(f"{name!r} is none of {MODEL}, {INDEPENDENT}")
+    return name
+
+
+def layer_of(
+    inputs: str,
+    shape: Shape,
+    context: int,
+    dtype: torch.dtype,
+    effective_keys: float,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> Layer:
     """A layer like a model's (:data:`MODEL`), or of independent numbers with so many effective keys."""
-    return made_up(shape, context, dtype) if inputs == MODEL else synthetic(shape, context, dtype, effective_keys)
+    of = {"batch": batch, "device": device}
+    return (
+        made_up(shape, context, dtype, **of)  # type: ignore[arg-type]
+        if inputs == MODEL
+        else synthetic(shape, context, dtype, effective_keys, **of)  # type: ignore[arg-type]
+    )
 
 
-def made_up(shape: Shape, context: int, dtype: torch.dtype, seed: int = 0) -> Layer:
-    """One layer of one sequence like a model's; arguments as for :func:`synthetic`."""
-    generator = torch.Generator().manual_seed(seed)
+def made_up(
+    shape: Shape, context: int, dtype: torch.dtype, seed: int = 0, batch: int = 1, device: torch.device | str = "cpu"
+) -> Layer:
+    """One layer like a model's; arguments as for :func:`synthetic`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    layers = [_made_up(shape, context, dtype, generator) for _ in range(batch)]
+    if batch == 1:
+        return layers[0]
+    return Layer(*(torch.cat([getattr(layer, name) for layer in layers]) for name in ("query", "key", "value")))
+
+
+def _made_up(shape: Shape, context: int, dtype: torch.dtype, generator: torch.Generator) -> Layer:
+    """The same of one sequence."""
     direction = model_like.made_up_directions(shape.heads, shape.group, shape.head_dim, generator)
     key, value = model_like.made_up_cache(shape.heads, context, shape.head_dim, shape.head_dim, dtype, generator)
     factors = model_like.query_factors(_scores(direction.view(1, -1, 1, shape.head_dim), key[None], shape))

@@ -27,6 +27,7 @@ import typer
 
 import source_tree  # noqa: F401  before alignedkv_compile
 from alignedkv_compile.demo.console import open_console
+from attention_inputs import INDEPENDENT, MODEL, parse_inputs
 from gpu_decode import DESCRIPTIONS as MODEL_VARIANTS
 from gpu_decode import GROUPED, Decoded, batch_entry, decode, free_memory
 from gpu_model import TINY, ModelShape, build, sharpen
@@ -138,6 +139,9 @@ def main(
     seconds: Annotated[float, typer.Option(help="What is not done by then is reported as not run.")] = 280.0,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Of the operator's aligned read.")] = Plan.tolerance,
     repeats: Annotated[int, typer.Option(min=1, help="Samples per variant of the operator.")] = Plan.repeats,
+    inputs: Annotated[
+        str, typer.Option(help=f"Of the operator. {MODEL}: made up like a model's. {INDEPENDENT}: numbers.")
+    ] = MODEL,
     layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = ModelShape.layers,
     tokens: Annotated[int, typer.Option(min=1, help="Timed per variant of the model.")] = 32,
     warm: Annotated[bool, typer.Option(help="Compile in parallel first.")] = True,
@@ -150,7 +154,7 @@ def main(
     tiny = dry_run or device == "cpu"
     cases = () if only_model else TINY_CASES if tiny else QUICK_CASES if quick else CASES + OTHER_CASES
     shape = None if skip_model else TINY if tiny else replace(ModelShape(), layers=layers)
-    plan = Plan(tolerance, repeats=repeats)
+    plan = Plan(tolerance, repeats=repeats, inputs=parse_inputs(inputs))
     with open_run(device, dry_run, seconds, console) as run, torch.no_grad():
         head = {"environment": environment(run.device), "plan": {**asdict(plan), "seconds": seconds, "tokens": tokens}}
         described = {"operator": OPERATOR_VARIANTS, "model": MODEL_VARIANTS}

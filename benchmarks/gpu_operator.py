@@ -18,7 +18,7 @@ from alignedkv_compile.layout import ArenaLayout, arena_layout
 from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention, load_rows, packed_read_attention, store_rows
 from alignedkv_compile.options import UNIT_ROUNDOFF, Options
 from alignedkv_compile.plane_builder import PLANE_BUILDER
-from attention_inputs import EFFECTIVE_KEYS, Layer, Shape, exact_attention, synthetic
+from attention_inputs import EFFECTIVE_KEYS, MODEL, Layer, Shape, exact_attention, layer_of
 from gpu_timing import (
     Call,
     Captured,
@@ -100,6 +100,7 @@ class Plan:
         repeats: samples per variant.
         variants: of :data:`DESCRIPTIONS`.
         profiled: those whose kernels are listed.
+        inputs: "model" or "independent", as :mod:`attention_inputs` says.
     """
 
     tolerance: float = Options.tolerance
@@ -107,6 +108,7 @@ class Plan:
     repeats: int = 15
     variants: tuple[str, ...] = tuple(DESCRIPTIONS)
     profiled: tuple[str, ...] = (ALIGNED, LOSSLESS, STREAM, CUDNN, FLASH)
+    inputs: str = MODEL
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ COMPILED = (ALIGNED, LOSSLESS, STREAM, "flex_attention")
 
 def compile_case(case: Case, device: torch.device, plan: Plan) -> None:
     """Compile all that :func:`measure` does, into Inductor's cache."""
-    inputs, calls = inputs_of(case, device), variants(plan)
+    inputs, calls = inputs_of(case, device, plan.inputs), variants(plan)
     bytes_share(inputs, plan)
     for name in COMPILED:
         if name in plan.variants and not (name == LOSSLESS and lacks_lossless(case, device)):
@@ -229,7 +231,7 @@ def compile_case(case: Case, device: torch.device, plan: Plan) -> None:
     synchronize(device)
 
 
-def inputs_of(case: Case, device: torch.device) -> Inputs:
+def inputs_of(case: Case, device: torch.device, inputs: str) -> Inputs:
     """Query, key, value, planes, and an arena that is a lossless cache, empty where no kernel could read it.
 
     Raises:
@@ -237,7 +239,7 @@ def inputs_of(case: Case, device: torch.device) -> Inputs:
     """
     lowering.register()
     keys = min(EFFECTIVE_KEYS, case.context / 4)
-    layer = synthetic(case.shape, case.context, getattr(torch, case.dtype), keys, batch=case.batch, device=device)
+    layer = layer_of(inputs, case.shape, case.context, getattr(torch, case.dtype), keys, case.batch, device)
     planes = torch.zeros(arena_layout(layer.key, layer.value).total, dtype=torch.uint8, device=device)
     PLANE_BUILDER.rebuild(planes, layer.key, layer.value, case.context)
     arena = planes.new_empty(0) if lacks_lossless(case, device) else lossless(layer)
@@ -303,7 +305,7 @@ def reason(error: BaseException) -> str:
 def measure(case: Case, device: torch.device, plan: Plan, has_time: Callable[[], bool]) -> Outcome:
     """Check and time every variant; one that fails, or for which no time is left, says so and stops none of the others."""
     torch.compiler.reset()
-    first = inputs_of(case, device)
+    first = inputs_of(case, device, plan.inputs)
     query, key, value, *_ = first
     exact = exact_attention(Layer(query, key, value))
     cache_bytes = 2 * key.numel() * key.element_size()

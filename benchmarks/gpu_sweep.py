@@ -20,6 +20,7 @@ import typer
 
 import source_tree  # noqa: F401  before alignedkv_compile
 from alignedkv_compile.demo.console import open_console
+from attention_inputs import INDEPENDENT, MODEL, parse_inputs
 from gpu_operator import ALIGNED, CUDNN, FLASH, LLAMA, STREAM, Case, Plan, measure
 from gpu_report import Results, environment, exit_if_wrong, operator_entry, operator_table, print_all
 from gpu_setup import Run, open_run, warm_up
@@ -82,6 +83,7 @@ def main(
     contexts: Annotated[str, typer.Option(help="Cache rows.")] = ",".join(map(str, CONTEXTS)),
     tolerance: Annotated[float, typer.Option(min=0.0, help="Of the aligned read.")] = Plan.tolerance,
     repeats: Annotated[int, typer.Option(min=1, help="Samples per variant.")] = 9,
+    inputs: Annotated[str, typer.Option(help=f"{MODEL}: made up like a model's. {INDEPENDENT}: numbers.")] = MODEL,
     seconds: Annotated[float, typer.Option(help="What is not done by then is reported as not run.")] = 280.0,
     device: Annotated[str, typer.Option(help="cuda, or cpu to see that the program runs.")] = "cuda",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="On the CPU, nothing compiled.")] = False,
@@ -90,7 +92,7 @@ def main(
     """Measure the aligned read against the stream over pairs and contexts."""
     console = open_console()
     cells = cells_of((int(part) for part in pairs.split(",")), (int(part) for part in contexts.split(",")))
-    plan = Plan(tolerance, min_context=1, repeats=repeats, variants=VARIANTS, profiled=())
+    plan = Plan(tolerance, min_context=1, repeats=repeats, variants=VARIANTS, profiled=(), inputs=parse_inputs(inputs))
     with open_run(device, dry_run, seconds, console) as run, torch.no_grad():
         results = Results(json_path, {"environment": environment(run.device), "plan": vars(plan)})
         largest_first = sorted(cells, key=lambda case: -case.batch * case.context)

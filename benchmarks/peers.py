@@ -32,11 +32,20 @@ from attention import (
     copies_of,
     empty_inductor_cache,
     parse_dtype,
-    parse_inputs,
     parse_shape,
     summarize,
 )
-from attention_inputs import EFFECTIVE_KEYS, INDEPENDENT, MODEL, Layer, Shape, effective_keys, exact_attention, layer_of
+from attention_inputs import (
+    EFFECTIVE_KEYS,
+    INDEPENDENT,
+    MODEL,
+    Layer,
+    Shape,
+    effective_keys,
+    exact_attention,
+    layer_of,
+    parse_inputs,
+)
 from attention_variants import ALIGNED, Prepared, prepare
 from peers_base import Copy, Opening, Peer, PeerRefusalError, version
 from peers_ggml import ggml_peers, load
