@@ -13,8 +13,14 @@ from .sliding import SLIDING
 from .static import STATIC
 
 KINDS: tuple[CacheKind, ...] = (
-    *(PACKED, LOSSLESS),
-    *(SLIDING, STATIC, DYNAMIC, CROPPED, READ_ONLY),
-    *(LATENT_STATIC, LATENT_DYNAMIC),
+    PACKED,
+    LOSSLESS,
+    SLIDING,
+    STATIC,
+    DYNAMIC,
+    CROPPED,
+    READ_ONLY,
+    LATENT_STATIC,
+    LATENT_DYNAMIC,
 )
 """In the order in which they are asked whether an operand of attention is theirs."""
