@@ -17,6 +17,8 @@ from alignedkv_compile.ops import COUNTER_FIELDS
 from alignedkv_compile.runtime import STORES
 from alignedkv_compile.state.append_buffers import AppendBuffers
 from alignedkv_compile.state.sidecar import MAX_CONSECUTIVE_REBUILDS, NO_VERSION_COUNTER, REBUILT_TOO_OFTEN, SidecarStore
+from alignedkv_compile.storage import EIGHT_BIT, LOSSLESS
+from alignedkv_compile.torch_private import inductor_config
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -348,3 +350,36 @@ def test_reasons_are_grouped_and_explained(steps: Any) -> None:
     assert report.reasons[kind, met] == 2
     assert f"2 x [{kind.value}] {met}" in str(report)
     assert report.to_dict()["graphs"][0]["sites"][0]["kind"] == kind.value  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "hip", "expected"),
+    [
+        (torch.bfloat16, "cuda", None, True),
+        (torch.bfloat16, "cuda", "6.4", True),
+        (torch.bfloat16, "xpu", None, True),
+        (torch.float16, "cuda", None, True),
+        (torch.float16, "cuda", "6.4", False),
+        (torch.float16, "xpu", None, False),
+        (torch.float32, "cuda", None, False),
+    ],
+)
+def test_which_gpus_read_lossless_rows(
+    dtype: torch.dtype, device: str, hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert LOSSLESS.has_triton(dtype, torch.device(device)) is expected
+    assert EIGHT_BIT.has_triton(dtype, torch.device(device))
+
+
+def test_lossless_rows_that_no_kernel_reads_are_declined(tiny_llama: Any) -> None:
+    cache = alignedkv_compile.Cache(tiny_llama.config, "lossless", 64)
+    tiny_llama(input_ids=torch.zeros(1, 20, dtype=torch.int64), past_key_values=cache)
+    compiled = torch.compile(tiny_llama.forward, backend="alignedkv", options={"strict": True})
+    reason = "no kernel for cpu reads lossless rows of torch.float32"
+    with (
+        inductor_config.patch(cpu_backend="triton"),
+        pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=reason) as raised,
+    ):
+        compiled(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+    assert isinstance(raised.value.inner_exception, DeclinedError)
