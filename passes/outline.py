@@ -61,7 +61,7 @@ class _Cut:
 
     def members(self) -> Iterator[list[int]]:
         """For each region the places of its pieces."""
-        for number in range(max(self.regions) + 1):
+        for number in range(max(self.regions, default=-1) + 1):
             yield [place for place, region in enumerate(self.regions) if region == number]
 
 
@@ -90,7 +90,8 @@ def outline_layers(rewritten: RewrittenGraph, *, always: bool = False) -> Outlin
 def _outline(module: GraphModule, *, always: bool) -> Outline:
     graph = module.graph
     cut = _Cut.of(graph)
-    if not always and cut.cost >= len(graph.nodes) + REGION_COST + CALL_COST:
+    repeats = any(others for _, *others in cut.members())
+    if not always and (not repeats or cut.cost >= len(graph.nodes) + REGION_COST + CALL_COST):
         raise WholeGraphError("too little repeats")
 
     outputs = graph.output_node().args[0]
