@@ -1,14 +1,15 @@
 """Times of the aligned read and of the 16-bit stream on this machine, of the very kernel that a graph would run.
 
 One kernel does both: it streams where the header of the planes says that they are stale. Every timed call finds the cache cold,
-as a model does that reads another layer's at each call.
+as a model does that reads another layer's at each call, and the kernel and its own arrays as the call before, for another
+layer, has left them.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +30,17 @@ from .inputs import made_up_cache, made_up_directions, query_factors
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 ROUNDS = 25
 """Turns of each read at each context; with 9, one noisy context could move the crossover by half."""
-LARGEST_CACHE = 384 * 2**20
-"""Bytes of K, V and planes at most; longer contexts are left to the trend."""
+LARGEST_CACHE = 256 * 2**20
+"""Bytes of K, V and planes of a layer at most, of which there are two; longer contexts are left to the trend."""
 TURNS = 4
 """KV heads that a thread works on in a call, where a model has so many: with one, what a call does for itself would weigh more
 than it does in a model, and the two reads would seem more alike than they are."""
 FLUSH_BYTES = 64 * 2**20
 """What is read to make caches cold where the machine does not say how large its last-level cache is."""
 
-Read = Callable[[torch.Tensor, int], object]
+Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""K, V and planes."""
+Read = Callable[[torch.Tensor, int, Layer], object]
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,24 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
     with torch_private.real_tensors():
         generator = torch.Generator().manual_seed(0)
         direction = made_up_directions(heads, read.rows_per_head, read.key_dim, generator)[None].to(read.dtype)
-        key, value = (
-            rows[None] for rows in made_up_cache(heads, contexts[-1], read.key_dim, read.value_dim, read.dtype, generator)
-        )
-        planes = zeroed_arena(ArenaLayout(heads, contexts[-1], read.key_dim, read.value_dim).total, key.device)
-        PLANE_BUILDER.rebuild(planes, key, value, contexts[-1])
-        kernel = _compiled(read, accuracy, (_as_heads(direction), key, value, planes))
-        scores = direction[0].float() @ key[0].float().mT * read.key_dim**-0.5
+        rows = made_up_cache(heads, contexts[-1], read.key_dim, read.value_dim, read.dtype, generator)
+        layers = [_layer(*rows), _layer(*(one.clone() for one in rows))]
+        kernel = _compiled(read, accuracy, (_as_heads(direction), *layers[0]))
+        scores = direction[0].float() @ rows[0].float().mT * read.key_dim**-0.5
         flush = torch.ones(_flush_bytes() // 8, dtype=torch.int64)
         timings = []
         for context in contexts:
             query = _as_heads(direction * query_factors(scores[..., :context]).to(read.dtype))
-            timings.append(_time(context, partial(kernel, query, context), planes, flush))
+            timings.append(_time(context, partial(kernel, query, context), layers, flush))
         return tuple(timings)
+
+
+def _layer(key: torch.Tensor, value: torch.Tensor) -> Layer:
+    """``[heads, rows, D]`` as a cache of one sequence, with its planes."""
+    heads, rows, key_dim = key.shape
+    planes = zeroed_arena(ArenaLayout(heads, rows, key_dim, value.shape[2]).total, key.device)
+    PLANE_BUILDER.rebuild(planes, key[None], value[None], rows)
+    return key[None], value[None], planes
 
 
 def heads_of_a_call(read: ReadShape) -> int:
@@ -93,7 +101,7 @@ def _as_heads(query: torch.Tensor) -> torch.Tensor:
 
 
 def _compiled(read: ReadShape, accuracy: Accuracy, example: tuple[torch.Tensor, ...]) -> Read:
-    """The read of a query at so many live rows, compiled for arguments like ``example``: query, K, V and planes."""
+    """The read of a layer by a query at so many live rows, compiled for arguments like ``example``: query, K, V and planes."""
     scale = read.key_dim**-0.5
 
     def attend(
@@ -104,22 +112,25 @@ def _compiled(read: ReadShape, accuracy: Accuracy, example: tuple[torch.Tensor, 
 
     rows = torch.empty(example[1].shape[2], 0)
     graph = compile_alone(attend, (*example, rows), ((), (), (), (), (0,)))
-    _, key, value, planes = example
 
-    def call(query: torch.Tensor, context: int) -> object:
-        return graph(query, key, value, planes, rows[:context])
+    def call(query: torch.Tensor, context: int, layer: Layer) -> object:
+        return graph(query, *layer, rows[:context])
 
     return call
 
 
-def _time(context: int, call: Callable[[], object], planes: torch.Tensor, flush: torch.Tensor) -> Timing:
+def _time(context: int, call: Callable[[Layer], object], layers: Sequence[Layer], flush: torch.Tensor) -> Timing:
+    """Times of reads of the first layer."""
+    timed, other = layers
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(ROUNDS + 1):
         for aligned in (True, False) if number % 2 else (False, True):
-            mark(planes, valid=aligned)
+            for *_, planes in layers:
+                mark(planes, valid=aligned)
             flush.sum()
+            call(other)
             started = time.perf_counter()
-            call()
+            call(timed)
             if number:  # the first round warms up
                 seconds[aligned].append(time.perf_counter() - started)
     ratio = statistics.median(one / other for one, other in zip(seconds[True], seconds[False], strict=True))

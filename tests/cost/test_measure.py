@@ -12,6 +12,7 @@ from alignedkv_compile.cost import measure as measuring
 from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost.measure import Accuracy, heads_of_a_call, measure
 from alignedkv_compile.cost.records import Records
+from alignedkv_compile.layout import PLANES_VALID
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +39,28 @@ def test_a_call_has_several_heads_for_each_thread_where_the_model_and_the_memory
         return heads_of_a_call(ReadShape(torch.device("cpu"), torch.bfloat16, pairs, 1, dim, dim))
 
     assert [heads(pairs, 128) for pairs in (1, 3, 8, 32)] == [1, 3, 8, 8]
-    assert heads(32, 576) == 3, "of 384 MiB, each head takes 108"
+    assert heads(32, 576) == 2, "of 256 MiB, each head takes 108"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert heads(32, 576) == 16, "one for each thread in any case"
+
+
+def test_another_layer_is_read_in_the_same_way_before_each_timed_call() -> None:
+    layers = [(torch.empty(0), torch.empty(0), torch.zeros(8, dtype=torch.uint8)) for _ in range(2)]
+    calls: list[tuple[int, bool]] = []
+
+    def call(layer: tuple[torch.Tensor, ...]) -> None:
+        number = next(index for index, one in enumerate(layers) if one is layer)
+        states = {bool(planes.view(torch.int64).item() == PLANES_VALID) for _, _, planes in layers}
+        calls.append((number, *states))
+
+    timing = measuring._time(1024, call, layers, torch.ones(8, dtype=torch.int64))
+    assert timing.context == 1024
+    assert min(timing.aligned_ms, timing.stream_ms, timing.ratio) > 0
+    assert len(calls) == 4 * (measuring.ROUNDS + 1)
+    for before, timed in zip(calls[::2], calls[1::2], strict=True):
+        assert before == (1, timed[1]), "the same read of the other layer"
+        assert timed[0] == 0
+    assert {call[1] for call in calls} == {True, False}
 
 
 def test_compiling_a_model_measures_and_the_report_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
