@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py results/code-8000.pt --context 8000 --dtype bfloat16
     python benchmarks/certificate.py results/code-8000.pt --json results/certificate.json
+    python benchmarks/certificate.py results/code-8000.pt --lossless
 
 One decode step of every layer, from the generated kernel. A certificate bounds the error of a query head's output, in units of
 the unit roundoff times the output's norm, as ``tolerance`` does with ``guarantee="worst_case"``. Times are medians over rounds
@@ -24,10 +25,14 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
+from alignedkv_compile.arena_memory import zeroed_arena
+from alignedkv_compile.cache import rows as cache_rows
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
-from alignedkv_compile.ops import COUNTER_FIELDS, certified_read_attention
+from alignedkv_compile.layout import ArenaLayout
+from alignedkv_compile.ops import COUNTER_FIELDS, certified_packed_read_attention, certified_read_attention
 from alignedkv_compile.options import UNIT_ROUNDOFF
+from alignedkv_compile.storage import LOSSLESS
 from attention import burst_of, empty_inductor_cache, time_calls
 from attention_inputs import captured, exact_attention
 from attention_variants import ALIGNED, PACKED, STREAM, Call, Prepared, make_calls, prepare
@@ -67,7 +72,7 @@ class Point:
 
 
 def certified_call(tolerance: float, bounds: torch.Tensor) -> Call:
-    """The certified read at ``tolerance``, whose certificates go to ``bounds``, float32 ``[1, 2, Hq]``."""
+    """The certified read of planes beside a cache, whose certificates go to ``bounds``, float32 ``[1, 2, Hq]``."""
 
     @torch.compile(fullgraph=True)
     def certified(
@@ -85,17 +90,37 @@ def certified_call(tolerance: float, bounds: torch.Tensor) -> Call:
     return lambda p: certified(p.layer.query, p.layer.key, p.layer.value, p.planes, bounds, p.counters)
 
 
+def certified_lossless_call(tolerance: float, bounds: torch.Tensor, prepared: Sequence[Prepared]) -> Call:
+    """The same of lossless caches that hold what the layers of ``prepared`` do."""
+    shape, context = prepared[0].layer.shape, prepared[0].layer.context
+    dim, dtype = shape.head_dim, prepared[0].layer.key.dtype
+    layout = ArenaLayout(shape.heads, context, dim, dim, LOSSLESS, dtype.itemsize)
+    arenas = {}
+    for item in prepared:
+        arena = arenas[item.planes.data_ptr()] = zeroed_arena(layout.total, item.planes.device)
+        cache_rows.store(arena, item.layer.key, item.layer.value, torch.arange(context), context, LOSSLESS.name)
+
+    @torch.compile(fullgraph=True)
+    def certified(query: torch.Tensor, planes: torch.Tensor, bounds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+        held = (shape.heads, dim, dtype, LOSSLESS.name, context, context)
+        read = certified_packed_read_attention.counted
+        return read(query, planes, None, None, *held, dim**-0.5, 0.0, tolerance, UNIT_ROUNDOFF[dtype], 1, bounds, counters, 0)
+
+    return lambda p: certified(p.layer.query, arenas[p.planes.data_ptr()], bounds, p.counters)
+
+
 def in_float32(prepared: Prepared) -> Prepared:
     """The same layer with a float32 query, so that the output is not rounded to the cache's dtype."""
     layer = prepared.layer
     return Prepared(type(layer)(layer.query.float(), layer.key, layer.value), prepared.mask, prepared.planes, prepared.counters)
 
 
-def measure(prepared: Sequence[Prepared], tolerance: float, rounds: int, burst_ms: float) -> Point:
-    """One row of the table."""
+def measure(prepared: Sequence[Prepared], tolerance: float, rounds: int, burst_ms: float, *, lossless: bool) -> Point:
+    """One row of the table; ``lossless``: of lossless caches, beside the aligned read of planes next to a cache."""
     heads = prepared[0].layer.shape.query_heads
     bounds = torch.zeros(1, 2, heads)
-    calls = {"certified": certified_call(tolerance, bounds)}
+    certified = certified_lossless_call(tolerance, bounds, prepared) if lossless else certified_call(tolerance, bounds)
+    calls = {"certified": certified}
     every = make_calls(EXPECTED_TOLERANCE, None)
     calls |= {name: every[name] for name in (ALIGNED, STREAM, PACKED)}
     certificates, errors, read, full = [], [], 0, 0
@@ -152,6 +177,7 @@ def main(
     tolerances: Annotated[str, typer.Option(help="Bounds, in units of the roundoff times the output's norm.")] = TOLERANCES,
     rounds: Annotated[int, typer.Option(help="Rounds in which the three reads take turns.", min=1)] = 15,
     burst_ms: Annotated[float, typer.Option(help="Length of a turn.")] = 60.0,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Of a lossless cache instead of planes beside one.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write every number here.")] = None,
 ) -> None:
     """What the certified read reads and certifies on captured K and V, beside the aligned read and the stream."""
@@ -166,13 +192,20 @@ def main(
         prepared = [prepare(layer) for layer in layers]
         for tolerance in track(wanted, "measuring", console=console):
             torch.compiler.reset()
-            points.append(measure(prepared, tolerance, rounds, burst_ms))
+            points.append(measure(prepared, tolerance, rounds, burst_ms, lossless=lossless))
     dtype = str(layers[0].key.dtype).removeprefix("torch.")
-    title = f"certified reads of {kv.name}: {len(layers)} layers of {layers[0].shape}, {layers[0].context} rows, {dtype}"
+    held = f"{kv.name}, lossless" if lossless else kv.name
+    title = f"certified reads of {held}: {len(layers)} layers of {layers[0].shape}, {layers[0].context} rows, {dtype}"
     console.print(table(title, points))
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"environment": asdict(describe()), "kv": kv.name, "dtype": dtype, "context": layers[0].context}
+        record = {
+            "environment": asdict(describe()),
+            "kv": kv.name,
+            "dtype": dtype,
+            "context": layers[0].context,
+            "lossless": lossless,
+        }
         json_path.write_text(json.dumps(record | {"points": [asdict(p) for p in points]}, indent=1), encoding="utf-8")
 
 

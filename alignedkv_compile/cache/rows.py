@@ -85,20 +85,24 @@ class Kernels:
 
     def __init__(self) -> None:
         self._kernels = OwnKernels()
-        self._broken = False
+        self._broken: set[Hashable] = set()
 
     def call(
         self, function: Callable[[str], Function], storage: str, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
-        """What ``function(storage)(*args)`` returns, or None where nothing can be compiled: said once, in a warning."""
-        if self._broken:
+        """What ``function(storage)(*args)`` returns, or None where that cannot be compiled: said once, in a warning."""
+        _, key, value, *_ = args
+        kind = (function, storage, key.device.type, key.dtype, key.shape[1], key.shape[3], value.shape[3])
+        if kind in self._broken:
             return None
         with torch_private.normal_tensors():
             try:
                 kernel = self._kernel(function, storage, args)
             except Exception as error:  # whatever a compiler may fail with
-                self._broken = True
-                _log.warning("rows are stored and loaded by slow eager code, no kernel could be compiled: %s", error)
+                self._broken.add(kind)
+                dims = f"{key.shape[1]} heads, {key.shape[3]} and {value.shape[3]} dimensions"
+                what = f"rows of a {storage} cache ({key.dtype}, {dims})"
+                _log.warning("%s are handled by slow eager code, no kernel could be compiled: %s", what, error)
                 return None
             return tuple(kernel(*args))  # type: ignore[arg-type]
 

@@ -7,14 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..break_even import LEAST_CONTEXT, NEVER
 
 FARTHEST = 4
 """How many times beyond the longest measured context a trend is believed."""
 
-WORTHWHILE = 1.05
-"""How many times as fast as the stream the aligned read has to be. A model whose attention is less peaked than what was timed
-gains less; and where the stream is taken although the other would be the faster one, it is slower by no more than this."""
+DEGREE = 2
+"""Of the polynomial that log(ratio) is taken to be over log(context), where there are more contexts than it has coefficients: a
+context at which the machine was busy does not decide alone."""
 
 TREND_POINTS = 3
 """How many of the longest contexts a trend is taken from."""
@@ -37,10 +39,11 @@ class Timing:
 
 
 def least_context(timings: Sequence[Timing]) -> int:
-    """Rows from which on the aligned read is :data:`WORTHWHILE` times as fast, at every longer measured context too.
+    """Rows from which on the aligned read is the faster one, at every longer measured context too.
 
-    Between two contexts log(ratio) is taken to be a line over log(context). Where the stream still wins at the longest one, the
-    least squares line through the last :data:`TREND_POINTS` is followed, :data:`FARTHEST` times as far at most.
+    Ratios are those of the least squares polynomial of :data:`DEGREE`. Between two contexts log(ratio) is taken to be a line over
+    log(context). Where the stream still wins at the longest one, the least squares line through the last :data:`TREND_POINTS` is
+    followed, :data:`FARTHEST` times as far at most.
 
     Args:
         timings: by increasing context; not empty.
@@ -49,13 +52,22 @@ def least_context(timings: Sequence[Timing]) -> int:
         A number of rows, at least :data:`~alignedkv_compile.break_even.LEAST_CONTEXT`;
         :data:`~alignedkv_compile.break_even.NEVER` where no trend leads to a gain.
     """
-    points = [(math.log(each.context), math.log(each.ratio * WORTHWHILE)) for each in timings]
+    points = _smooth([(math.log(each.context), math.log(each.ratio)) for each in timings])
     if points[-1][1] >= 0:
         return _by_trend(points[-TREND_POINTS:])
     for (x0, y0), (x1, y1) in reversed(list(itertools.pairwise(points))):
         if y0 >= 0:
             return _rows(x0 + (x1 - x0) * y0 / (y0 - y1))
     return _rows(points[0][0])
+
+
+def _smooth(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    if len(points) <= DEGREE + 1:
+        return points
+    x, y = torch.tensor(points, dtype=torch.float64).unbind(1)
+    powers = torch.linalg.vander(x - x.mean(), N=DEGREE + 1)
+    fitted = powers @ torch.linalg.lstsq(powers, y[:, None]).solution
+    return list(zip(x.tolist(), fitted[:, 0].tolist(), strict=True))
 
 
 def _by_trend(points: Sequence[tuple[float, float]]) -> int:
