@@ -30,9 +30,6 @@ def report_sites(pairing: Pairing, options: AlignmentOptions) -> tuple[SiteRepor
 
 
 def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
-    rows = f"{site.query_rows} query rows are more than {most_query_rows(site, options)}"
-    if site.outcome is Outcome.PREFILL and is_symbolic(fake(site.query).shape[-2]):
-        rows = "the number of query rows varies"
     return SiteReport(
         index=site.index,
         outcome=site.outcome,
@@ -40,8 +37,20 @@ def _site_line(site: AttentionSite, options: AlignmentOptions) -> SiteReport:
         where=_where(site.attention),
         cache=(site.key.source.name, site.value.source.name),
         shape=f"query {_shape(site.query)}, cache {_shape(site.key.rows)}",
-        reason=f"{rows}: stock attention" if site.outcome is Outcome.PREFILL else _streamed(site, options),
+        reason=_kept(site, options) if site.outcome is Outcome.PREFILL else _streamed(site, options),
     )
+
+
+def _kept(site: AttentionSite, options: AlignmentOptions) -> str:
+    """Why a site keeps stock attention."""
+    most = most_query_rows(site, options)
+    if is_symbolic(fake(site.query).shape[-2]):
+        why = "the number of query rows varies"
+    elif site.query_rows <= most:
+        why = "a prompt, which attends to itself alone"
+    else:
+        why = f"{site.query_rows} query rows are more than {most}"
+    return f"{why}: stock attention"
 
 
 def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:

@@ -59,7 +59,21 @@ def test_a_lossless_cache_generates_what_stock_does(room: str) -> None:
             assert twins.backend.rewritten > before, way
             if variant == EVERY_BIT or way not in ("beams", "sampling"):  # these choose anew after the smallest change
                 assert_same(actual, expected, SUMMATION if variant == EVERY_BIT else error)
-    assert twins.backend.declined.total() <= (room == "static")  # a prompt of seven rows takes a part of the cache, causally
+    assert not twins.backend.declined
+
+
+def test_a_short_prompt_of_a_static_cache_is_no_refusal() -> None:
+    """It takes the first rows of the cache, causally: as those of a longer one, which is not refused either."""
+    twins = Twins(llama(layers=2))
+    cache = cache_for(twins.stock, "8bit", "static")
+    with torch.no_grad():
+        twins.backend.selected = ALIGNED
+        actual = twins.ours(prompt(7), past_key_values=cache).logits
+        expected = twins.stock(prompt(7)).logits
+    torch.testing.assert_close(actual, expected)
+    assert cache.get_seq_length() == 7
+    assert twins.backend.calls[ALIGNED][Outcome.PREFILL] == 2
+    assert not twins.backend.declined
 
 
 @pytest.mark.parametrize("mode", [pytest.param("8bit", marks=slow), "4bit+"])
