@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..break_even import LEAST_CONTEXT, NEVER
 
 FARTHEST = 4
@@ -41,9 +39,9 @@ class Timing:
 def least_context(timings: Sequence[Timing]) -> int:
     """Rows from which on the aligned read is the faster one, at every longer measured context too.
 
-    Ratios are those of the least squares polynomial of :data:`DEGREE`. Between two contexts log(ratio) is taken to be a line over
-    log(context). Where the stream still wins at the longest one, the least squares line through the last :data:`TREND_POINTS` is
-    followed, :data:`FARTHEST` times as far at most.
+    Ratios are those of the least squares polynomial of :data:`DEGREE`. Between two contexts log(ratio) is taken to be a line
+    over log(context). Where the stream still wins at the longest one, the least squares line through the last
+    :data:`TREND_POINTS` is followed, :data:`FARTHEST` times as far at most.
 
     Args:
         timings: by increasing context; not empty.
@@ -62,12 +60,25 @@ def least_context(timings: Sequence[Timing]) -> int:
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """The points on the least squares polynomial, which is summed up from orthogonal ones."""
     if len(points) <= DEGREE + 1:
         return points
-    x, y = torch.tensor(points, dtype=torch.float64).unbind(1)
-    powers = torch.linalg.vander(x - x.mean(), N=DEGREE + 1)
-    fitted = powers @ torch.linalg.lstsq(powers, y[:, None]).solution
-    return list(zip(x.tolist(), fitted[:, 0].tolist(), strict=True))
+    mean = math.fsum(x for x, _ in points) / len(points)
+    polynomials: list[list[float]] = []
+    fitted = [0.0] * len(points)
+    for degree in range(DEGREE + 1):
+        values = [(x - mean) ** degree for x, _ in points]
+        for lower in polynomials:
+            share = _product(values, lower) / _product(lower, lower)
+            values = [value - share * other for value, other in zip(values, lower, strict=True)]
+        polynomials.append(values)
+        share = _product(values, [y for _, y in points]) / _product(values, values)
+        fitted = [before + share * value for before, value in zip(fitted, values, strict=True)]
+    return [(x, y) for (x, _), y in zip(points, fitted, strict=True)]
+
+
+def _product(left: Sequence[float], right: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(left, right, strict=True))
 
 
 def _by_trend(points: Sequence[tuple[float, float]]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from alignedkv_compile.break_even import LEAST_CONTEXT, NEVER
@@ -24,6 +26,12 @@ def test_a_machine_that_was_busy_at_one_context_does_not_decide(busy: int) -> No
     disturbed = [ratio * 1.15 if number == busy else ratio for number, ratio in enumerate(quiet)]
     assert least_context(timings(*quiet)) == pytest.approx(4700, rel=0.03)
     assert least_context(timings(*disturbed)) == pytest.approx(4700, rel=0.3)
+
+
+def test_what_lies_on_a_parabola_is_left_as_it_is() -> None:
+    """log(ratio) is 1 - 2 n + n^2 / 4 at the n-th context."""
+    ratios = [math.exp(1 - 2 * n + n * n / 4) for n in range(6)]
+    assert least_context(timings(*ratios)) == pytest.approx(1024 * 2 ** (1 / 1.75), abs=2), "between 1 and -0.75"
 
 
 def test_between_two_contexts_it_is_where_the_line_of_the_logarithms_crosses() -> None:
