@@ -92,7 +92,7 @@ class Kernels:
     ) -> tuple[torch.Tensor, ...] | None:
         """What ``function(storage)(*args)`` returns, or None where that cannot be compiled: said once, in a warning."""
         _, key, value, *_ = args
-        kind = (function, storage, key.device.type, key.dtype, key.shape[1], key.shape[3], value.shape[3])
+        kind = (function, storage, key.dtype, key.shape[1], key.shape[3], value.shape[3])
         if kind in self._broken:
             return None
         with torch_private.normal_tensors():

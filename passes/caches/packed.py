@@ -78,7 +78,7 @@ class PackedKind:
             what = f"no kernel for {device.type} reads lossless rows of {dtype}; they are decoded here, by eager code"
             raise Declined(Reason.DEVICE, what)
         call, query = candidate.call, candidate.call.query
-        prompt = call.is_causal is True  # from the first row on: nothing is in the cache yet
+        prompt = call.is_causal is True  # causal from the first row on, as transformers asks for a prompt alone
         if (prompt or is_prefill(call)) and isinstance(query, Node):  # which may read a part of the rows, those at hand say
             keys, values = (
                 CacheOperand(_node(load, argument), rows, (), Repeats(1)) for argument, rows in ((_KEY, key), (_VALUE, value))

@@ -36,7 +36,7 @@ def test_what_lies_on_a_parabola_is_left_as_it_is() -> None:
 
 def test_between_two_contexts_it_is_where_the_line_of_the_logarithms_crosses() -> None:
     assert least_context(timings(2.0, 0.5)) == pytest.approx(1024 * 2**0.5, abs=1)
-    assert least_context(timings(4.0, 2.0, 1.0, 0.5)) == pytest.approx(4096, abs=2)
+    assert least_context(timings(4.0, 2.0, 1.0, 0.5)) == pytest.approx(4096, abs=1)
 
 
 def test_a_gain_counts_only_where_every_longer_context_gains() -> None:
