@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 pytest.importorskip("transformers")
 from transformers import DynamicCache, StaticCache
-from twins import EVERY_BIT, Rewriting, compiled, generate, llama, prompt, slow
+from twins import ALIGNED, EVERY_BIT, Rewriting, compiled, generate, llama, prompt, slow
 
 
 class Counting:
@@ -60,7 +60,8 @@ def counted(backend: Any, kind: str, rows: Sequence[int]) -> tuple[int, torch.Te
 )
 def test_a_chat_takes_no_more_graphs_than_with_stock(kind: str, rows: Sequence[int]) -> None:
     backend = Rewriting()
-    backend.selected = EVERY_BIT  # fewer may decide between two tokens that are as good
+    # the last of the long talk is one of two tokens 0.03 apart, between which fewer bits may decide
+    backend.selected = ALIGNED if rows is SHORT else EVERY_BIT
     ours, said = counted(backend, kind, rows)
     stock, expected = counted(Counting(), kind, rows)
     assert torch.equal(said, expected)
