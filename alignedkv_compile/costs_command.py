@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .break_even import NEVER, ReadShape
 from .cost.measure import Accuracy
-from .cost.options import measured_least_context
+from .cost.options import measured
 from .cost.records import RECORDS, Record, machine
 from .demo.console import open_console
 from .options import UNIT_ROUNDOFF, Options
@@ -39,7 +39,7 @@ def costs(
         raise typer.BadParameter("tolerance 0 always reads every bit: there is nothing to measure", param_hint="--tolerance")
     reads = [_read(text, _DTYPES[dtype]) for text in shapes or ()]
     for read in reads:
-        measured_least_context(read, Accuracy(tolerance, UNIT_ROUNDOFF[read.dtype]))
+        measured(read, Accuracy(tolerance, UNIT_ROUNDOFF[read.dtype]))
     console = open_console()
     records = RECORDS.all()
     console.print(", ".join(f"{name} {value[:40]}" for name, value in machine().items() if name != "kernels"), highlight=False)
@@ -65,10 +65,12 @@ def _table(records: list[Record]) -> Table:
     contexts = sorted({timing.context for record in records for timing in record.timings})
     table.add_column("read")
     table.add_column("few bits from")
+    table.add_column("up to")
     for context in contexts:
         table.add_column(f"{context}", justify="right")
     for record in records:
         cells = {timing.context: f"{timing.aligned_ms:.2f} / {timing.stream_ms:.2f}" for timing in record.timings}
         least = "never" if record.least_context == NEVER else f"{record.least_context} rows"
-        table.add_row(str(record.kind), least, *(cells.get(context, "") for context in contexts))
+        most = f"{record.break_even:.0%} of the bytes" if record.break_even else ""
+        table.add_row(str(record.kind), least, most, *(cells.get(context, "") for context in contexts))
     return table

@@ -20,7 +20,9 @@ value_hi       Dv'/2                  4-bit plane of V in row order
 value_mid      Dv'/2                  4-bit plane of V in row order
 residual       (Dk + Dv) (size - 1)   in a lossless cache: what the planes leave out of numbers of ``size`` bytes
                                       (:mod:`.residual`)
-arrivals       (8 in all, per head)   two int32, zero between calls: how many programs of a GPU's kernels have finished the head
+turns          (8 in all, per head)   two int32. GPU: how many programs of its kernels have finished the head, zero between
+                                      calls. CPU: for how many calls more the head is read at all bits, and how many calls
+                                      that was decided for the last time
 =============  =====================  ==================================================================================
 
 ``D'`` is the head dimension padded to a multiple of 16 with zero codes. *Row order*: byte ``i`` of a row holds element ``i``
@@ -80,8 +82,10 @@ NIBBLE_CENTER = 7.5
 HEADROOM = 16.0 / 15.0
 """Scale head-room that keeps the dithered code inside int16."""
 
-ARRIVALS_BYTES = 8
-"""Bytes per (batch, head) of ``arrivals``."""
+TURNS_BYTES = 8
+"""Bytes per (batch, head) of ``turns``."""
+LONGEST_WAIT = 31
+"""Calls at most for which a head is read at all bits on a CPU, before fewer are tried again."""
 SCALES_BYTES = 4
 """Bytes per row of ``scales``."""
 
@@ -203,13 +207,13 @@ class ArenaLayout:
         return self.value_mid + _align(self.heads * self.mid_rows * self.value_plane_row)
 
     @property
-    def arrivals(self) -> int:
+    def turns(self) -> int:
         return self.residual + _align(self.heads * self.rows * self.residual_row)
 
     @property
     def total(self) -> int:
         """Bytes of the whole arena; the last section is followed by room for one vector load past its end."""
-        return self.arrivals + _align(self.heads * ARRIVALS_BYTES) + ALIGNMENT
+        return self.turns + _align(self.heads * TURNS_BYTES) + ALIGNMENT
 
 
 def arena_layout(key: torch.Tensor, value: torch.Tensor) -> ArenaLayout:

@@ -56,9 +56,10 @@ _ATTENTION_ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? planes, Tensor? mask, Tensor? sinks, SymInt length, "
     "float scale, float softcap, float tolerance, float unit_roundoff, int min_context"
 )
-_library.define(f"aligned_read_attention({_ATTENTION_ARGUMENTS}) -> Tensor")
+_BREAK_EVEN = "*, float break_even=0.0"
+_library.define(f"aligned_read_attention({_ATTENTION_ARGUMENTS}, {_BREAK_EVEN}) -> Tensor")
 _library.define(
-    f"aligned_read_attention.counted({_ATTENTION_ARGUMENTS}, Tensor(a!) counters, int site) -> Tensor"
+    f"aligned_read_attention.counted({_ATTENTION_ARGUMENTS}, Tensor(a!) counters, int site, {_BREAK_EVEN}) -> Tensor"
 )  # an overload, so that the uncounted operator is functional
 
 _library.define(f"certified_read_attention({_ATTENTION_ARGUMENTS}, Tensor(a!) bounds, int site) -> Tensor")
@@ -110,6 +111,9 @@ Args:
     min_context: with a shorter span from the first to the last attended row all bits are read.
     counters: (overload ``counted``) int64 ``[sites, len(COUNTER_FIELDS)]``; row ``site`` is added to.
     site: (overload ``counted``) row of ``counters``.
+    break_even: 0, or a share of the bytes of a KV head's attended rows: a head whose read takes more is read at all bits by the
+        next call, and tried again after it; each time in a row for twice as long and a call more, 31 calls at most. Generated
+        C++ keeps count of the calls in ``planes`` (:mod:`alignedkv_compile.layout`); everything else takes no notice.
 
 Returns:
     ``[B, Hq, Q, Dv]`` contiguous, in the dtype of ``query``.
@@ -212,7 +216,9 @@ def _quantize_on_write_fake(
 
 
 @library.register_fake(f"{NAMESPACE}::aligned_read_attention")
-def _aligned_read_attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+def _aligned_read_attention_fake(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+) -> torch.Tensor:
     batch, heads, rows, _dim = query.shape
     return query.new_empty(batch, heads, rows, value.shape[-1])
 

@@ -92,6 +92,10 @@ class Options:
         """``min_context``, or what pays for this kind of read when none was asked for."""
         return break_even.least_context(read) if self.min_context is None else self.min_context
 
+    def break_even(self, read: ReadShape) -> float:
+        """The share of the bytes up to which few bits are the faster ones, 0 where nothing has been measured."""
+        return 0.0
+
     def most_query_rows(self, read: ReadShape) -> int:
         """New tokens up to which a read of few bits is wanted, as far as kernels take them."""
         return break_even.NEVER

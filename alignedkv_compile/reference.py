@@ -35,6 +35,8 @@ def aligned_read_attention(
     tolerance: float,
     unit_roundoff: float,
     min_context: int,
+    *,
+    break_even: float = 0.0,
 ) -> torch.Tensor:
     """See :data:`alignedkv_compile.ops.aligned_read_attention`."""
     call = (query, key, value, planes, mask, sinks, length, scale, softcap, tolerance, unit_roundoff, min_context)
@@ -57,6 +59,8 @@ def aligned_read_attention_counted(
     min_context: int,
     counters: torch.Tensor,
     site: int,
+    *,
+    break_even: float = 0.0,
 ) -> torch.Tensor:
     """The same, adding what was read to row ``site`` of ``counters``."""
     counts = ReadCounts()

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from alignedkv_compile.break_even import ReadShape
+from alignedkv_compile.break_even import NEVER, ReadShape
 from alignedkv_compile.cost import priced
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
@@ -47,7 +47,7 @@ from attention_inputs import (
     layer_of,
     parse_inputs,
 )
-from attention_variants import ALIGNED, DESCRIPTIONS, STREAM, Call, Prepared, make_calls, prepare
+from attention_variants import ALIGNED, DEFAULT, DESCRIPTIONS, STREAM, Call, Prepared, default_call, make_calls, prepare, settle
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SHAPES = ("32/8/128", "32/32/128", "9/3/64")
@@ -91,6 +91,7 @@ class Case:
         copies: layers that the calls went round.
         skipped: why the case was not run, or "".
         least_context: live rows from which on a model on this machine reads few bits by default.
+        break_even: share of a head's bytes up to which it does.
     """
 
     shape: str
@@ -100,6 +101,7 @@ class Case:
     copies: int = 0
     skipped: str = ""
     least_context: int = 0
+    break_even: float = 0.0
     variants: dict[str, Measured] = field(default_factory=dict)
 
     def ratio(self, baseline: str) -> float:
@@ -107,15 +109,10 @@ class Case:
         return self.variants[baseline].median_ms / self.variants[ALIGNED].median_ms
 
     @property
-    def default(self) -> str:
-        """The variant that a model on this machine runs at this context by default."""
-        return ALIGNED if self.context >= self.least_context else STREAM
-
-    @property
     def over_better(self) -> float:
         """Time of the default over that of the better of both reads."""
         times = [self.variants[name].median_ms for name in (ALIGNED, STREAM)]
-        return self.variants[self.default].median_ms / min(times)
+        return self.variants[DEFAULT].median_ms / min(times)
 
 
 @dataclass(frozen=True)
@@ -132,9 +129,19 @@ class Plan:
     max_gib: float
 
 
-def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, least_context: int) -> Case:
+@dataclass(frozen=True)
+class Default:
+    """What a model with such layers does by default on this machine, see :class:`Case`."""
+
+    least_context: int
+    break_even: float
+
+
+def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, default: Default) -> Case:
     """Time every variant in turns over ``layers`` (all of one shape)."""
     prepared = [prepare(layer) for layer in layers]
+    for item in prepared:
+        settle(item, calls[DEFAULT])
     shape, context = layers[0].shape, layers[0].context
     exact = exact_attention(layers[0])
     errors, bursts = {}, {}
@@ -149,16 +156,23 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, least_c
         for turn in range(len(names)):
             name = names[(round_ + turn) % len(names)]
             rounds[name].append(time_calls(calls[name], prepared, bursts[name]))
-    counted = torch.stack([item.counters[0] for item in prepared]).sum(0).tolist()
-    totals = dict(zip(COUNTER_FIELDS, counted, strict=True))
-    bytes_full = layers[0].bytes_full
-    bytes_read = {name: float(bytes_full) for name in names}
-    if ALIGNED in calls and totals["calls"]:
-        bytes_read[ALIGNED] = totals["bytes_read"] / totals["calls"]
+    bytes_read = {name: float(layers[0].bytes_full) for name in names}
+    for row, name in ((0, ALIGNED), (2, DEFAULT)):
+        counted = torch.stack([item.counters[row] for item in prepared]).sum(0).tolist()
+        totals = dict(zip(COUNTER_FIELDS, counted, strict=True))
+        bytes_read[name] = totals["bytes_read"] / totals["calls"]
     variants = {name: summarize(rounds[name], errors[name], bytes_read[name], layers[0]) for name in names}
     keys = statistics.mean(effective_keys(layer) for layer in layers)
+    dtype = str(layers[0].key.dtype).removeprefix("torch.")
     return Case(
-        str(shape), context, str(layers[0].key.dtype).removeprefix("torch."), keys, len(layers), "", least_context, variants
+        str(shape),
+        context,
+        dtype,
+        keys,
+        len(layers),
+        least_context=default.least_context,
+        break_even=default.break_even,
+        variants=variants,
     )
 
 
@@ -221,15 +235,22 @@ def needed_gib(shape: Shape, context: int, dtype: torch.dtype, footprint_mib: fl
     return (1.6 * copies + repeated + 8 * context * shape.query_heads * 4) / 2**30
 
 
-def default_context(shape: Shape, dtype: torch.dtype, plan: Plan) -> int:
-    """Live rows from which on a model with such layers reads few bits by default, measured if this machine has not yet."""
+def default_of(shape: Shape, dtype: torch.dtype, plan: Plan) -> Default:
+    """Measured if this machine has not yet."""
     options = Options(tolerance=plan.tolerance, accuracy=plan.accuracy)
     read = ReadShape(torch.device("cpu"), dtype, shape.heads, shape.group, shape.head_dim, shape.head_dim)
-    return priced(options).least_context(read)
+    measured = priced(options)
+    return Default(measured.least_context(read), measured.break_even(read))
+
+
+def calls_of(plan: Plan, default: Default) -> dict[str, Call]:
+    """The variants by name."""
+    calls = make_calls(plan.tolerance, plan.accuracy)
+    return calls | {DEFAULT: default_call(plan.tolerance, plan.accuracy, default.least_context, default.break_even)}
 
 
 def run_cases(
-    cases: Sequence[tuple[str, int, str]], plan: Plan, least_contexts: Mapping[tuple[str, str], int], console: Console
+    cases: Sequence[tuple[str, int, str]], plan: Plan, defaults: Mapping[tuple[str, str], Default], console: Console
 ) -> Iterator[Case]:
     """Measure made-up cases; graphs are kept from one context to the next and dropped between shapes and dtypes."""
     calls: dict[str, Call] = {}
@@ -244,9 +265,9 @@ def run_cases(
             continue
         if compiled_for != (name, dtype_name):
             torch.compiler.reset()
-            calls, compiled_for = make_calls(plan.tolerance, plan.accuracy), (name, dtype_name)
+            calls, compiled_for = calls_of(plan, defaults[name, dtype_name]), (name, dtype_name)
         layer = layer_of(plan.inputs, shape, context, dtype, plan.effective_keys)
-        yield measure(copies_of(layer, plan.footprint_mib), calls, plan, least_contexts[name, dtype_name])
+        yield measure(copies_of(layer, plan.footprint_mib), calls, plan, defaults[name, dtype_name])
 
 
 def time_table(cases: Sequence[Case]) -> Table:
@@ -262,7 +283,7 @@ def time_table(cases: Sequence[Case]) -> Table:
 
 def ratio_table(cases: Sequence[Case]) -> Table:
     """How many times faster the aligned read is than each baseline, what it reads, and its error beside streaming's."""
-    baselines = [name for name in DESCRIPTIONS if name != ALIGNED]
+    baselines = [name for name in DESCRIPTIONS if name not in (ALIGNED, DEFAULT)]
     figures = [
         "bytes\nread",
         "bytes\n/row",
@@ -270,7 +291,9 @@ def ratio_table(cases: Sequence[Case]) -> Table:
         "GB/s",
         "rel.\nerror",
         "error of\nstream",
-        "default\nis",
+        "few bits\nfrom",
+        "up to",
+        "default\nreads",
         "over\nbetter",
     ]
     found = _table("the aligned read: times faster than each, and what it reads", baselines + figures)
@@ -289,8 +312,10 @@ def ratio_table(cases: Sequence[Case]) -> Table:
             f"{aligned.gb_per_s:.1f}",
             f"{aligned.relative_error:.0e}",
             f"{case.variants[STREAM].relative_error:.0e}",
-            case.default,
-            f"{case.over_better:.2f}",
+            "never" if case.least_context == NEVER else str(case.least_context),
+            f"{case.break_even:.1%}",
+            f"{case.variants[DEFAULT].bytes_fraction:.1%}",
+            f"{case.over_better:.3f}",
         )
     return found
 
@@ -298,7 +323,7 @@ def ratio_table(cases: Sequence[Case]) -> Table:
 def _derived(case: Case) -> dict[str, object]:
     """What the JSON holds beside the fields of a case."""
     ratios: dict[str, object] = {"ratios": {name: case.ratio(name) for name in case.variants}}
-    return ratios | {"default": case.default, "over_better": case.over_better} if case.variants else ratios
+    return ratios | {"over_better": case.over_better} if case.variants else ratios
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -363,16 +388,16 @@ def main(
     cases: list[Case]
     if kv is not None:
         layers = captured(kv)
-        least_context = default_context(layers[0].shape, layers[0].key.dtype, plan)
+        default = default_of(layers[0].shape, layers[0].key.dtype, plan)
     else:
         wanted = QUICK_CASES if quick else grid
         kinds = {(name, dtype): (parse_shape(name), parse_dtype(dtype)) for name, _, dtype in wanted}
-        least_contexts = {kind: default_context(*parsed, plan) for kind, parsed in kinds.items()}
+        defaults = {kind: default_of(*parsed, plan) for kind, parsed in kinds.items()}
     with empty_inductor_cache(), torch.no_grad():
         if kv is not None:
-            cases = [measure(layers, make_calls(plan.tolerance, plan.accuracy), plan, least_context)]
+            cases = [measure(layers, calls_of(plan, default), plan, default)]
         else:
-            cases = list(run_cases(wanted, plan, least_contexts, console))
+            cases = list(run_cases(wanted, plan, defaults, console))
     console.print(time_table(cases))
     console.print(ratio_table(cases))
     for name, description in DESCRIPTIONS.items():

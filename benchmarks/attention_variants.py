@@ -10,17 +10,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from alignedkv_compile import lowering
 from alignedkv_compile.arena_memory import zeroed_arena
-from alignedkv_compile.layout import arena_layout
+from alignedkv_compile.break_even import NEVER
+from alignedkv_compile.layout import LONGEST_WAIT, TURNS_BYTES, arena_layout
 from alignedkv_compile.ops import COUNTER_FIELDS, aligned_read_attention
 from alignedkv_compile.options import UNIT_ROUNDOFF
 from alignedkv_compile.plane_builder import PLANE_BUILDER
 from attention_inputs import Layer
 
 ALIGNED, STREAM, PACKED, REPEATED, GROUPED = "aligned", "stream", "sdpa packed", "sdpa repeated", "sdpa enable_gqa"
+DEFAULT = "default"
 
 DESCRIPTIONS = {
     ALIGNED: "this backend's kernel at the given tolerance, byte counters on",
     STREAM: "this backend's kernel at tolerance 0, byte counters on: streams the cache in its own dtype",
+    DEFAULT: "this backend's kernel as a model on this machine runs it by default, byte counters on",
     PACKED: "eager SDPA, the query heads of a group as rows of one head, no mask: what transformers runs eagerly",
     REPEATED: "compiled by Inductor: K and V repeated per query head, bool mask: what a compiled model with StaticCache runs",
     GROUPED: "compiled by Inductor: SDPA with enable_gqa, no mask: what a compiled model with DynamicCache runs",
@@ -35,7 +38,7 @@ class Prepared:
         layer: the tensors.
         mask: bool ``[1, 1, 1, C]``, all True: a StaticCache that is exactly full.
         planes: the layer's plane arena, written.
-        counters: int64 ``[2, len(COUNTER_FIELDS)]``: a row for the aligned read and one for streaming.
+        counters: int64 ``[3, len(COUNTER_FIELDS)]``: a row for the aligned read, one for streaming, one for the default.
     """
 
     layer: Layer
@@ -63,7 +66,7 @@ def prepare(layer: Layer) -> Prepared:
     planes = zeroed_arena(arena_layout(layer.key, layer.value).total, layer.key.device)
     PLANE_BUILDER.rebuild(planes, layer.key, layer.value, layer.context)
     mask = torch.ones(1, 1, 1, layer.context, dtype=torch.bool)
-    prepared = Prepared(layer, mask, planes, torch.zeros(2, len(COUNTER_FIELDS), dtype=torch.int64))
+    prepared = Prepared(layer, mask, planes, torch.zeros(3, len(COUNTER_FIELDS), dtype=torch.int64))
     _mark_context(prepared)
     return prepared
 
@@ -111,6 +114,37 @@ def make_calls(tolerance: float, accuracy: torch.dtype | None) -> dict[str, Call
         REPEATED: lambda p: compiled[repeated](p.layer.query, p.layer.key, p.layer.value, p.mask),
         GROUPED: lambda p: compiled[grouped](p.layer.query, p.layer.key, p.layer.value),
     }
+
+
+def default_call(tolerance: float, accuracy: torch.dtype | None, least_context: int, share: float) -> Call:
+    """The variant :data:`DEFAULT`.
+
+    Args:
+        tolerance, accuracy: as :func:`make_calls` takes them.
+        least_context, share: the operator's ``min_context`` and ``break_even``; no planes where the former is never reached.
+    """
+
+    def default(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, counters: torch.Tensor
+    ) -> torch.Tensor:
+        unit = UNIT_ROUNDOFF[accuracy or key.dtype]
+        numbers = (key.shape[2], key.shape[3] ** -0.5, 0.0, tolerance, unit, least_context)
+        narrow = None if least_context == NEVER else planes
+        return aligned_read_attention(query, key, value, narrow, None, None, *numbers, counters, 2, break_even=share)
+
+    compiled = torch.compile(default, fullgraph=True)
+    return lambda p: compiled(p.layer.query, p.layer.key, p.layer.value, p.planes, p.counters)
+
+
+def settle(prepared: Prepared, default: Call) -> None:
+    """Bring every head's turns to where many calls would have: one that waits does so for long, and any part of it
+    has gone by."""
+    layout = arena_layout(prepared.layer.key, prepared.layer.value)
+    turns = prepared.planes.narrow(0, layout.turns, layout.heads * TURNS_BYTES).view(torch.int32).view(layout.heads, 2)
+    for _ in range(LONGEST_WAIT.bit_length() + 1):
+        turns[:, 0] = 0
+        default(prepared)
+    turns[:, 0] = (torch.rand(layout.heads) * (turns[:, 1] + 1)).int()
 
 
 def _repeat(rows: torch.Tensor, group: int) -> torch.Tensor:

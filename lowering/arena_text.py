@@ -47,7 +47,7 @@ class Text:
 def arena_header(layout: ArenaLayout) -> str:
     """C++ that finds the sections of an arena of ``heads`` x ``capacity`` rows of some layout, and mixes K rows."""
     arena = replace(layout, heads=Text("heads"), capacity=Text("capacity"))  # type: ignore[arg-type]
-    sections = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "residual")
+    sections = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "residual", "turns")
     return render(
         "arena.h.jinja",
         layout=layout_module,

@@ -47,6 +47,7 @@ class Constants:
     tolerance: float
     unit_roundoff: float
     min_context: int
+    break_even: float
     length: sympy.Expr
     site: int
 
@@ -86,6 +87,7 @@ class ReadAttention(Template):
             "softcap": f"{constants.softcap:.9e}f" if constants.softcap > 0 else None,
             "storage": arena.storage,
             "tiled": _tiled(constants, query.get_dtype()),
+            "break_even": constants.break_even,
         }
         common = render(
             "attention_common.h.jinja",
@@ -178,6 +180,7 @@ def _lower(
     unit_roundoff: float,
     min_context: int,
     *,
+    break_even: float = 0.0,
     bounds: ir.TensorBox | None = None,
     counters: ir.TensorBox | None = None,
     site: int = 0,
@@ -197,6 +200,7 @@ def _lower(
         tolerance=tolerance,
         unit_roundoff=unit_roundoff,
         min_context=min_context,
+        break_even=break_even,
         length=sympy.sympify(length),
         site=site,
     )
@@ -243,6 +247,7 @@ def _lower_packed(
         tolerance=tolerance,
         unit_roundoff=unit_roundoff,
         min_context=min_context,
+        break_even=0.0,
         length=sympy.sympify(length),
         site=site,
     )
@@ -272,8 +277,8 @@ def _lowering(lower: Callable[..., ir.TensorBox], *extras: str) -> Callable[...,
     """The lowering of an overload whose schema ends with the tensors and the index named."""
     shared = lower.__code__.co_argcount
 
-    def lower_overload(*arguments: Any) -> ir.TensorBox:
-        return lower(*arguments[:shared], **dict(zip(extras, arguments[shared:], strict=True)))
+    def lower_overload(*arguments: Any, **options: Any) -> ir.TensorBox:
+        return lower(*arguments[:shared], **dict(zip(extras, arguments[shared:], strict=True)), **options)
 
     return lower_overload
 

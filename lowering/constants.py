@@ -29,6 +29,7 @@ SHARED: Mapping[str, Number] = {
     "NIBBLE_CENTER": layout.NIBBLE_CENTER,
     "PLANES_VALID": layout.PLANES_VALID,
     "SCALES_BYTES": layout.SCALES_BYTES,
+    "LONGEST_WAIT": layout.LONGEST_WAIT,
     **row_header.CONSTANTS,
     # precision.py
     "INT8_LARGEST": float(precision.INT8_MAX),  # INT8_MAX is a macro of C

@@ -17,7 +17,7 @@ from alignedkv_compile.torch_private import OpOverload
 from .editor import GraphEditor
 from .nodes import constant, example_size, fake, same
 from .records import AttentionSite
-from .worth import AlignmentOptions, least_context
+from .worth import AlignmentOptions, break_even, least_context
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def replace_attention(
         read: what is read; called where nodes are inserted in front of the attention.
     """
     original = fake(site.attention)
+    share = break_even(site, options)
     with editor.before(site.attention, site.attention):
         reads = read(site, editor)
         query = editor.current(site.query)
@@ -177,6 +178,7 @@ def replace_attention(
             unit_roundoff=options.unit_roundoff(reads.dtype),
             min_context=least_context(site, options),
             **statistics.arguments(site.index),
+            **({"break_even": share} if share else {}),
         )
         editor.reads[site.index] = result
         result = result if reads.finish is None else reads.finish(result)

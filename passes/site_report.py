@@ -12,7 +12,7 @@ from alignedkv_compile.contract import Outcome, SiteReport
 
 from .nodes import fake, is_symbolic, tensor_of
 from .records import AttentionSite, DeclinedSite, Pairing
-from .worth import AlignmentOptions, least_context, least_context_of_planes, most_query_rows, options_for
+from .worth import AlignmentOptions, break_even, least_context, least_context_of_planes, most_query_rows, options_for
 
 log = logging.getLogger("alignedkv_compile.passes")
 
@@ -61,7 +61,12 @@ def _streamed(site: AttentionSite, options: AlignmentOptions) -> str:
         least, usual = least_context(site, options), LEAST_CONTEXT if fake(site.key.rows).device.type == "cpu" else 0
         if least == NEVER:
             return f"every bit: fewer are never faster here for {site.query_rows} query rows (min_context)"
-        return f"every bit below {least} live rows, from where on fewer are faster here (min_context)" if least > usual else ""
+        parts = (
+            [f"every bit below {least} live rows, from where on fewer are faster here (min_context)"] if least > usual else []
+        )
+        if share := break_even(site, options):
+            parts.append(f"a head that needs more than {share:.0%} of its bytes reads every bit in most calls")
+        return "; ".join(parts)
     if options.memory != "beside":
         return "every bit: memory='planes' keeps none beside this cache (alignedkv_compile.Cache is made of them)"
     least = least_context_of_planes(site, options)

@@ -25,6 +25,8 @@ class AlignmentOptions(Protocol):
 
     def least_context(self, read: ReadShape) -> int: ...
 
+    def break_even(self, read: ReadShape) -> float: ...
+
     def most_query_rows(self, read: ReadShape) -> int: ...
 
     @property
@@ -77,6 +79,12 @@ def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
     """Live rows below which a site's read takes every bit; where rows have to be decoded for that, fewer bits always pay."""
     read = site.kind.read_shape(site)
     return options.min_context or 0 if read is None else options.least_context(read)
+
+
+def break_even(site: AttentionSite, options: AlignmentOptions) -> float:
+    """The share of the bytes up to which few bits are the faster ones for a site's read; 0 where that is not known."""
+    read = site.kind.read_shape(site)
+    return 0.0 if read is None or options.tolerance == 0 or options.certified else options.break_even(read)
 
 
 def least_context_of_planes(site: AttentionSite, options: AlignmentOptions) -> int:

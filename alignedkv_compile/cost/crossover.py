@@ -1,4 +1,4 @@
-"""From which context on the aligned read is worth taking, by times of both at some contexts."""
+"""From which context on, and up to how many bytes, the aligned read is worth taking, by times of both at some contexts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ context at which the machine was busy does not decide alone."""
 TREND_POINTS = 3
 """How many of the longest contexts a trend is taken from."""
 
+NEAR = 0.1
+"""log(ratio) up to which a layer counts in full for where both reads take the same time; farther ones count less."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -28,12 +31,15 @@ class Timing:
         context: live rows.
         aligned_ms, stream_ms: medians.
         ratio: median over rounds of aligned over stream; below 1 the aligned read is the faster.
+        layers: for layers that need few, as many and many more bytes, the share of the cache's bytes that the aligned read
+            took, and the ratio.
     """
 
     context: int
     aligned_ms: float
     stream_ms: float
     ratio: float
+    layers: tuple[tuple[float, float], ...] = ()
 
 
 def least_context(timings: Sequence[Timing]) -> int:
@@ -57,6 +63,27 @@ def least_context(timings: Sequence[Timing]) -> int:
         if y0 >= 0:
             return _rows(x0 + (x1 - x0) * y0 / (y0 - y1))
     return _rows(points[0][0])
+
+
+def break_even(timings: Sequence[Timing]) -> float:
+    """The share of the cache's bytes that an aligned read takes when it is as fast as the stream: where the weighted least
+    squares line through log(ratio) of all layers, over their shares, is 0.
+
+    Contexts need not be told apart: below the crossover no head is read at few bits anyway, and from there on a call's own work
+    matters less than what it reads.
+
+    Returns:
+        More than 0, at most 1; 0 where the times show no such share.
+    """
+    points = [(share, math.log(ratio)) for timing in timings for share, ratio in timing.layers]
+    weights = [(NEAR + abs(y)) ** -2 for _, y in points]
+    total = math.fsum(weights)
+    if not total:
+        return 0.0
+    mean_x, mean_y = (_product(weights, values) / total for values in zip(*points, strict=True))
+    spread = math.fsum(weight * (x - mean_x) ** 2 for weight, (x, _) in zip(weights, points, strict=True))
+    slope = math.fsum(weight * (x - mean_x) * (y - mean_y) for weight, (x, y) in zip(weights, points, strict=True))
+    return min(max(mean_x - mean_y * spread / slope, 0.0), 1.0) if slope > 0 else 0.0
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

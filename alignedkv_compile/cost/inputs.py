@@ -47,16 +47,17 @@ def made_up_directions(heads: int, rows_per_head: int, dim: int, generator: torc
     return _mixed(shared, _normal((heads, rows_per_head, dim), generator), SHARED_DIRECTION)
 
 
-def query_factors(scores: torch.Tensor) -> torch.Tensor:
+def query_factors(scores: torch.Tensor, breadth: float = 1.0) -> torch.Tensor:
     """What each query row has to be multiplied by for its effective number of keys to be one of a model's.
 
     Args:
         scores: ``[heads, rows_per_head, context]``, floating, scaled as the softmax takes them.
+        breadth: of the attention: so many times as many keys as a model's.
 
     Returns:
         ``[heads, rows_per_head, 1]``.
     """
-    targets = _model_keys(scores[..., 0].numel(), scores.shape[-1]).view(scores.shape[:-1]).to(scores.device)
+    targets = _model_keys(scores[..., 0].numel(), scores.shape[-1], breadth).view(scores.shape[:-1]).to(scores.device)
     return bisected(lambda factors: effective_keys(scores * factors[..., None]) > targets, targets)[..., None]
 
 
@@ -75,11 +76,11 @@ def bisected(too_small: Callable[[torch.Tensor], torch.Tensor], like: torch.Tens
     return high
 
 
-def _model_keys(count: int, context: int) -> torch.Tensor:
+def _model_keys(count: int, context: int, breadth: float) -> torch.Tensor:
     """So many effective numbers of keys: quantiles of the model's log-normal distribution, in a fixed random order."""
     normal = statistics.NormalDist()
     quantiles = torch.tensor([normal.inv_cdf((index + 0.5) / count) for index in range(count)])
-    keys = (MEDIAN_KEYS * (SPREAD_OF_KEYS * quantiles).exp()).clamp(LEAST_KEYS, MOST_OF_CONTEXT * context)
+    keys = (MEDIAN_KEYS * breadth * (SPREAD_OF_KEYS * quantiles).exp()).clamp(LEAST_KEYS, MOST_OF_CONTEXT * context)
     return keys[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
 
 

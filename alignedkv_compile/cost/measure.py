@@ -21,7 +21,7 @@ from ..arena import mark
 from ..arena_memory import zeroed_arena
 from ..break_even import ReadShape
 from ..layout import ArenaLayout
-from ..ops import aligned_read_attention
+from ..ops import COUNTER_FIELDS, aligned_read_attention
 from ..own_kernels import compile_alone
 from ..plane_builder import PLANE_BUILDER
 from .crossover import Timing
@@ -30,6 +30,11 @@ from .inputs import made_up_cache, made_up_directions, query_factors
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 ROUNDS = 25
 """Turns of each read at each context; with 9, one noisy context could move the crossover by half."""
+BREADTHS = (1.0, 0.25, 4.0)
+"""Of the attention of the layers that are timed, see :func:`.inputs.query_factors`: a model's, and those that
+:func:`.crossover.break_even` takes beside it."""
+ROUNDS_BESIDE = 9
+"""Turns of the latter; all contexts together say up to which share of the bytes a read pays."""
 LARGEST_CACHE = 256 * 2**20
 """Bytes of K, V and planes of a layer at most, of which there are two; longer contexts are left to the trend."""
 TURNS = 4
@@ -41,6 +46,7 @@ FLUSH_BYTES = 64 * 2**20
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """K, V and planes."""
 Read = Callable[[torch.Tensor, int, Layer], object]
+Call = Callable[[Layer], object]
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,16 @@ def measure(read: ReadShape, accuracy: Accuracy) -> tuple[Timing, ...]:
         direction = made_up_directions(heads, read.rows_per_head, read.key_dim, generator)[None].to(read.dtype)
         rows = made_up_cache(heads, contexts[-1], read.key_dim, read.value_dim, read.dtype, generator)
         layers = [_layer(*rows), _layer(*(one.clone() for one in rows))]
-        kernel = _compiled(read, accuracy, (_as_heads(direction), *layers[0]))
+        counters = torch.zeros(1, len(COUNTER_FIELDS), dtype=torch.int64)
+        kernel = _compiled(read, accuracy, (_as_heads(direction), *layers[0]), counters)
         scores = direction[0].float() @ rows[0].float().mT * read.key_dim**-0.5
         flush = torch.ones(_flush_bytes() // 8, dtype=torch.int64)
         timings = []
         for context in contexts:
-            query = _as_heads(direction * query_factors(scores[..., :context]).to(read.dtype))
-            timings.append(_time(context, partial(kernel, query, context), layers, flush))
+            factors = [query_factors(scores[..., :context], breadth).to(read.dtype) for breadth in BREADTHS]
+            calls = [partial(kernel, _as_heads(direction * factor), context) for factor in factors]
+            shares = [_share(call, layers[0], counters) for call in calls]
+            timings.append(_time(context, calls, shares, layers, flush))
         return tuple(timings)
 
 
@@ -100,41 +109,68 @@ def _as_heads(query: torch.Tensor) -> torch.Tensor:
     return query.flatten(1, 2)[:, :, None]
 
 
-def _compiled(read: ReadShape, accuracy: Accuracy, example: tuple[torch.Tensor, ...]) -> Read:
+def _compiled(read: ReadShape, accuracy: Accuracy, example: tuple[torch.Tensor, ...], counters: torch.Tensor) -> Read:
     """The read of a layer by a query at so many live rows, compiled for arguments like ``example``: query, K, V and planes."""
     scale = read.key_dim**-0.5
 
     def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, live: torch.Tensor
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        planes: torch.Tensor,
+        live: torch.Tensor,
+        counters: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         numbers = (live.shape[0], scale, 0.0, accuracy.tolerance, accuracy.unit_roundoff, 1)
-        return (aligned_read_attention.default(query, key, value, planes, None, None, *numbers),)
+        return (aligned_read_attention.counted(query, key, value, planes, None, None, *numbers, counters, 0),)
 
     rows = torch.empty(example[1].shape[2], 0)
-    graph = compile_alone(attend, (*example, rows), ((), (), (), (), (0,)))
+    graph = compile_alone(attend, (*example, rows, counters), ((), (), (), (), (0,), ()))
 
     def call(query: torch.Tensor, context: int, layer: Layer) -> object:
-        return graph(query, *layer, rows[:context])
+        return graph(query, *layer, rows[:context], counters)
 
     return call
 
 
-def _time(context: int, call: Callable[[Layer], object], layers: Sequence[Layer], flush: torch.Tensor) -> Timing:
-    """Times of reads of the first layer."""
+def _share(call: Call, layer: Layer, counters: torch.Tensor) -> float:
+    """Bytes that an aligned read takes over those of the cache."""
+    mark(layer[-1], valid=True)
+    counters.zero_()
+    call(layer)
+    counted = dict(zip(COUNTER_FIELDS, counters[0].tolist(), strict=True))
+    return counted["bytes_read"] / counted["bytes_full"]
+
+
+def _time(context: int, calls: Sequence[Call], shares: Sequence[float], layers: Sequence[Layer], flush: torch.Tensor) -> Timing:
+    """Times of reads of the first layer: ``calls`` for each of :data:`BREADTHS`, which take ``shares`` of its bytes."""
     timed, other = layers
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def seconds(call: Call, *, aligned: bool) -> float:
+        for *_, planes in layers:
+            mark(planes, valid=aligned)
+        flush.sum()
+        call(other)
+        started = time.perf_counter()
+        call(timed)
+        return time.perf_counter() - started
+
+    few: list[list[float]] = [[] for _ in calls]
+    every: list[float] = []
+    ratios: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS + 1):
-        for aligned in (True, False) if number % 2 else (False, True):
-            for *_, planes in layers:
-                mark(planes, valid=aligned)
-            flush.sum()
-            call(other)
-            started = time.perf_counter()
-            call(timed)
-            if number:  # the first round warms up
-                seconds[aligned].append(time.perf_counter() - started)
-    ratio = statistics.median(one / other for one, other in zip(seconds[True], seconds[False], strict=True))
-    return Timing(context, statistics.median(seconds[True]) * 1e3, statistics.median(seconds[False]) * 1e3, ratio)
+        streamed = None if number % 2 else seconds(calls[0], aligned=False)
+        taken = [seconds(call, aligned=True) for call in (calls if number <= ROUNDS_BESIDE else calls[:1])]
+        streamed = seconds(calls[0], aligned=False) if streamed is None else streamed
+        if not number:  # the first round warms up
+            continue
+        every.append(streamed)
+        for index, one in enumerate(taken):
+            few[index].append(one)
+            ratios[index].append(one / streamed)
+    median = [statistics.median(each) for each in ratios]
+    layers_beside = tuple(zip(shares, median, strict=True))
+    return Timing(context, statistics.median(few[0]) * 1e3, statistics.median(every) * 1e3, median[0], layers_beside)
 
 
 def _flush_bytes() -> int:

@@ -13,7 +13,7 @@ from ..lowering.isa import chosen_isa, machine_isa, streams_by_tiles
 from ..options import Options
 from .crossover import Timing
 from .measure import Accuracy, measure
-from .records import RECORDS, Kind, kind_of
+from .records import RECORDS, Kind, Record, kind_of
 
 _log = logging.getLogger(__name__)
 
@@ -29,24 +29,32 @@ class MeasuredOptions(Options):
     """Options whose break-even context is measured, the first time that a machine meets a kind of read."""
 
     def least_context(self, read: ReadShape) -> int:
-        if not self._chooses(read):
-            return super().least_context(read)
-        if read.query_rows > break_even.MOST_ALIGNED_QUERY_ROWS:
+        if self._chooses(read) and read.query_rows > break_even.MOST_ALIGNED_QUERY_ROWS:
             return break_even.NEVER
-        accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
-        if not read.can_reach(break_even.LEAST_CONTEXT):
-            return break_even.LEAST_CONTEXT
-        if kind_of(read, accuracy) in _FAILED:
-            return super().least_context(read)
-        try:
-            return measured_least_context(read, accuracy)
-        except Exception as error:  # no user's model fails for want of a measurement
-            _FAILED.add(kind_of(read, accuracy))
-            _log.warning("reads could not be timed, every bit is read below %d rows: %s", break_even.LEAST_CONTEXT, error)
-            return super().least_context(read)
+        record = self._measured(read)
+        return super().least_context(read) if record is None else record.least_context
+
+    def break_even(self, read: ReadShape) -> float:
+        record = self._measured(read)
+        return super().break_even(read) if record is None else record.break_even
 
     def most_query_rows(self, read: ReadShape) -> int:
         return most_query_rows(read) if self._knows(read) else super().most_query_rows(read)
+
+    def _measured(self, read: ReadShape) -> Record | None:
+        """What was measured of a read, None where that is not wanted, pointless or impossible."""
+        if not self._chooses(read) or read.query_rows > break_even.MOST_ALIGNED_QUERY_ROWS:
+            return None
+        accuracy = Accuracy(self.tolerance, self.unit_roundoff(read.dtype))
+        kind = kind_of(read, accuracy)
+        if kind in _FAILED or not read.can_reach(break_even.LEAST_CONTEXT):
+            return None
+        try:
+            return measured(read, accuracy)
+        except Exception as error:  # no user's model fails for want of a measurement
+            _FAILED.add(kind)
+            _log.warning("reads could not be timed, every bit is read below %d rows: %s", break_even.LEAST_CONTEXT, error)
+            return None
 
     def _chooses(self, read: ReadShape) -> bool:
         """Whether the faster of two reads may be taken."""
@@ -79,8 +87,8 @@ def priced(options: Options) -> Options:
     return MeasuredOptions(**{entry.name: getattr(options, entry.name) for entry in fields(Options)})
 
 
-def measured_least_context(read: ReadShape, accuracy: Accuracy) -> int:
-    """Live rows below which a call should read every bit on this machine; measures where that is not known yet.
+def measured(read: ReadShape, accuracy: Accuracy) -> Record:
+    """What a kind of read costs on this machine; measures where that is not known yet.
 
     Raises:
         Exception: whatever compiling or running the kernel raises.
@@ -93,4 +101,4 @@ def measured_least_context(read: ReadShape, accuracy: Accuracy) -> int:
         _log.info("timed reads once for this machine (%.1f s): %s", time.perf_counter() - started, kind)
         return timings
 
-    return RECORDS.find_or(kind, timed).least_context
+    return RECORDS.find_or(kind, timed)

@@ -21,7 +21,7 @@ from ..break_even import ReadShape
 from ..lowering.isa import chosen_isa
 from ..processor import processor
 from . import inputs, measure
-from .crossover import Timing, least_context
+from .crossover import Timing, break_even, least_context
 from .measure import Accuracy, heads_of_a_call
 
 _log = logging.getLogger(__name__)
@@ -80,6 +80,11 @@ class Record:
     def least_context(self) -> int:
         """See :func:`.crossover.least_context`."""
         return least_context(self.timings)
+
+    @property
+    def break_even(self) -> float:
+        """See :func:`.crossover.break_even`."""
+        return break_even(self.timings)
 
 
 class Records:
@@ -157,7 +162,12 @@ def machine_key() -> str:
 
 def _record(entry: Mapping[str, object]) -> Record:
     kind, timings = entry["kind"], entry["timings"]
-    return Record(Kind(**kind), tuple(Timing(**timing) for timing in timings))  # type: ignore[arg-type, attr-defined]
+    return Record(Kind(**kind), tuple(_timing(timing) for timing in timings))  # type: ignore[arg-type, attr-defined]
+
+
+def _timing(entry: Mapping[str, object]) -> Timing:
+    layers = tuple((share, ratio) for share, ratio in entry["layers"])  # type: ignore[attr-defined]
+    return Timing(**{**entry, "layers": layers})  # type: ignore[arg-type]
 
 
 RECORDS: Records = Records()

@@ -14,7 +14,7 @@ from ...residual import block_gain
 from ...storage import WINDOW, Storage
 from ..constants import SHARED, print_triton
 
-SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "residual", "arrivals")
+SECTIONS = ("scales", "value_sum", "key_hi", "key_mid", "value_hi", "value_mid", "residual", "turns")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost.crossover import Timing
 from alignedkv_compile.cost.records import Records
 
+TIMINGS = (Timing(1024, 2.5, 1.0, 2.5, ((0.4, 2.0),)), Timing(4096, 1.5, 3.0, 0.5, ((0.2, 0.5),)))
+
 
 @pytest.fixture(autouse=True)
 def _measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +22,7 @@ def _measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_private, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(priced_options, "RECORDS", records)
     monkeypatch.setattr(costs_command, "RECORDS", records)
-    monkeypatch.setattr(priced_options, "measure", lambda *_: (Timing(1024, 2.5, 1.0, 2.5), Timing(4096, 1.5, 3.0, 0.5)))
+    monkeypatch.setattr(priced_options, "measure", lambda *_: TIMINGS)
 
 
 def run(*arguments: str) -> str:
@@ -39,6 +41,7 @@ def test_measured_ahead_and_shown(tmp_path: Path) -> None:
     assert "float16, 4 query rows per KV head, head dimension 128" in output
     assert "float16, 3 query rows per KV head, head dimension 64" in output
     assert "2.50 / 1.00" in output
+    assert "30% of the bytes" in output
     assert str(Records.path()) in output
     assert Records.path().is_relative_to(tmp_path)
     assert "2.50 / 1.00" in run()

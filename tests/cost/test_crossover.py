@@ -1,4 +1,4 @@
-"""From which context on the aligned read is the faster one, by times that are made up."""
+"""From which context on, and up to how many bytes, the aligned read is the faster one, by times that are made up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 
 from alignedkv_compile.break_even import LEAST_CONTEXT, NEVER
-from alignedkv_compile.cost.crossover import FARTHEST, Timing, least_context
+from alignedkv_compile.cost.crossover import FARTHEST, Timing, break_even, least_context
 
 
 def timings(*ratios: float, first: int = 1024) -> list[Timing]:
@@ -59,3 +59,30 @@ def test_a_trend_is_followed_a_little_way() -> None:
 @pytest.mark.parametrize("ratios", [(1.3, 1.3, 1.3), (1.1, 1.2, 1.3), (1.2,), (1.32, 1.31, 1.30), (0.9, 1.0, 1.2)])
 def test_without_a_trend_to_a_gain_it_is_never(ratios: tuple[float, ...]) -> None:
     assert least_context(timings(*ratios)) == NEVER
+
+
+def measured(*layers: tuple[float, float]) -> list[Timing]:
+    """At one context, by share and ratio of each layer."""
+    return [Timing(4096, 1.0, 1.0, 1.0, layers)]
+
+
+def test_both_reads_are_as_fast_where_the_line_crosses() -> None:
+    line = [(share, math.exp(2.5 * (share - 0.3))) for share in (0.2, 0.25, 0.35, 0.5)]
+    assert break_even(measured(*line)) == pytest.approx(0.3)
+    assert break_even([*measured(*line[:2]), *measured(*line[2:])]) == pytest.approx(0.3)
+
+
+def test_layers_near_it_count_most() -> None:
+    near = [(0.28, 0.95), (0.32, 1.05)]
+    assert break_even(measured(*near)) == pytest.approx(0.3, abs=0.001)
+    assert break_even(measured(*near, (0.9, 1.5))) == pytest.approx(0.3, abs=0.03), "a straight line of all is at 0.25"
+
+
+def test_no_share_is_more_than_all_bytes() -> None:
+    assert break_even(measured((0.2, 0.5), (0.3, 0.52))) == 1
+    assert break_even(measured((0.5, 3.0), (0.6, 3.1))) == 0, "it never pays"
+
+
+@pytest.mark.parametrize("layers", [(), ((0.3, 1.1),), ((0.3, 1.1), (0.3, 1.2)), ((0.2, 1.1), (0.4, 1.0))])
+def test_times_that_do_not_grow_with_the_bytes_say_nothing(layers: tuple[tuple[float, float], ...]) -> None:
+    assert break_even(measured(*layers)) == 0

@@ -26,6 +26,11 @@ def test_effective_keys_of_query_rows_are_log_normal(scores: torch.Tensor) -> No
     assert keys.exp().min() == pytest.approx(inputs.LEAST_KEYS, rel=0.01)
 
 
+def test_broader_attention_looks_at_so_many_times_as_many_keys(scores: torch.Tensor) -> None:
+    median = effective_keys(scores * query_factors(scores, breadth=4.0)).log().median().exp()
+    assert median == pytest.approx(4 * inputs.MEDIAN_KEYS, rel=0.1)
+
+
 def test_no_row_is_asked_to_look_at_most_of_a_short_context(scores: torch.Tensor) -> None:
     short = scores[..., :128]
     assert effective_keys(short * query_factors(short)).max() <= 128 * inputs.MOST_OF_CONTEXT * 1.01

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from alignedkv_compile.layout import PLANES_VALID
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CONTEXTS", (256, 1024))
     monkeypatch.setattr(measuring, "ROUNDS", 3)
+    monkeypatch.setattr(measuring, "ROUNDS_BESIDE", 2)
     monkeypatch.setattr(measuring, "_flush_bytes", lambda: 2**16)
 
 
@@ -28,6 +32,10 @@ def test_both_reads_are_timed_at_every_context() -> None:
     timings = measure(read, Accuracy(2.0, 2.0**-8))
     assert [timing.context for timing in timings] == [256, 1024]
     assert all(timing.aligned_ms > 0 and timing.stream_ms > 0 and timing.ratio > 0 for timing in timings)
+    for timing in timings:
+        (share, ratio), (fewer, _), (more, _) = timing.layers
+        assert ratio == timing.ratio
+        assert 0.1 < fewer < share < more < 1.2, "narrower and broader attention than a model's"
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -48,15 +56,21 @@ def test_another_layer_is_read_in_the_same_way_before_each_timed_call() -> None:
     layers = [(torch.empty(0), torch.empty(0), torch.zeros(8, dtype=torch.uint8)) for _ in range(2)]
     calls: list[tuple[int, bool]] = []
 
-    def call(layer: tuple[torch.Tensor, ...]) -> None:
+    def call(layer: tuple[torch.Tensor, ...], breadth: int) -> None:
         number = next(index for index, one in enumerate(layers) if one is layer)
         states = {bool(planes.view(torch.int64).item() == PLANES_VALID) for _, _, planes in layers}
+        breadths.append((breadth, *states))
         calls.append((number, *states))
 
-    timing = measuring._time(1024, call, layers, torch.ones(8, dtype=torch.int64))
+    breadths: list[tuple[int, bool]] = []
+    by_breadth = [partial(call, breadth=number) for number in range(3)]
+    timing = measuring._time(1024, by_breadth, (0.3, 0.2, 0.4), layers, torch.ones(8, dtype=torch.int64))
     assert timing.context == 1024
     assert min(timing.aligned_ms, timing.stream_ms, timing.ratio) > 0
-    assert len(calls) == 4 * (measuring.ROUNDS + 1)
+    assert timing.layers[0] == (0.3, timing.ratio)
+    assert [share for share, _ in timing.layers] == [0.3, 0.2, 0.4]
+    rounds, beside = measuring.ROUNDS + 1, measuring.ROUNDS_BESIDE + 1
+    assert Counter(breadths) == {(0, True): 2 * rounds, (0, False): 2 * rounds, (1, True): 2 * beside, (2, True): 2 * beside}
     for before, timed in zip(calls[::2], calls[1::2], strict=True):
         assert before == (1, timed[1]), "the same read of the other layer"
         assert timed[0] == 0

@@ -22,8 +22,8 @@ from alignedkv_compile.options import Options
 
 READ = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 4, 64, 64)
 KIND = kind_of(READ, Accuracy(2.0, 2.0**-8))
-TIMINGS = (Timing(1024, 2.0, 1.0, 2.0), Timing(4096, 1.0, 2.0, 0.5))
-LEAST = 2048  # where the line of the logarithms is 1
+TIMINGS = (Timing(1024, 2.0, 1.0, 2.0, ((0.5, 2.0),)), Timing(4096, 1.0, 2.0, 0.5, ((0.3, 0.5),)))
+LEAST, SHARE = 2048, 0.4  # where the lines of the logarithms are 1
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,7 @@ def test_a_second_process_reads_what_the_first_has_measured() -> None:
     second = Records().find_or(KIND, never)
     assert second == first
     assert second.least_context == LEAST
+    assert second.break_even == pytest.approx(SHARE)
     assert Records().all() == [first]
 
 
@@ -103,6 +104,7 @@ def test_options_ask_once_for_each_kind_of_read(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(priced_options, "measure", counting)
     options = priced(Options())
     assert [options.least_context(READ), options.least_context(READ)] == [LEAST, LEAST]
+    assert options.break_even(READ) == pytest.approx(SHARE)
     assert options.without_planes.tolerance == 0
     assert counting.calls == 1
 
@@ -119,6 +121,7 @@ def test_options_ask_once_for_each_kind_of_read(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_is_measured_where_nothing_depends_on_it(options: Options, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(priced_options, "measure", never)
     assert priced(options).least_context(READ) == least
+    assert priced(options).break_even(READ) == 0
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,7 @@ def test_longer_queries_read_every_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(priced_options, "measure", never)
     read = replace(READ, query_rows=MOST_ALIGNED_QUERY_ROWS + 1)
     assert priced(Options()).least_context(read) == NEVER
+    assert priced(Options()).break_even(read) == 0
     assert priced(Options(min_context=7)).least_context(read) == 7
     assert priced(Options(calibrate=False)).least_context(read) == LEAST_CONTEXT
 
@@ -194,5 +198,6 @@ def test_a_read_that_cannot_be_timed_is_a_warning(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(priced_options, "measure", broken)
     options = priced(Options())
     assert [options.least_context(READ) for _ in range(3)] == [LEAST_CONTEXT] * 3
+    assert options.break_even(READ) == 0
     assert "no compiler" in caplog.text
     assert len(tried) == 1, "a model of thirty layers does not wait thirty times"

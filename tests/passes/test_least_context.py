@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,12 @@ def layer(query, key, value, key_cache, value_cache, positions):
 
 def site_and_argument(options: Options, device: str) -> tuple[str, int, int]:
     """The report's reason for a decode step's site, what its read has as ``min_context``, and how often planes are written."""
+    reason, arguments, writes = site_and_arguments(options, device)
+    return reason, arguments["min_context"], writes
+
+
+def site_and_arguments(options: Options, device: str = "cpu") -> tuple[str, dict[str, Any], int]:
+    """The same with all named arguments of the read."""
     found = []
 
     def backend(gm, example_inputs):
@@ -38,9 +46,9 @@ def site_and_argument(options: Options, device: str) -> tuple[str, int, int]:
         inputs = query, key, key.clone(), cache, cache.clone(), torch.zeros(1, dtype=torch.int64, device=device)
         torch.compile(layer, backend=backend, fullgraph=True)(*inputs)
     (rewritten,) = found
-    (read,) = [node for node in rewritten.module.graph.nodes if "aligned_read_attention" in str(node.target)]
+    (read,) = [node for node in rewritten.module.graph.nodes if "read_attention" in str(node.target)]
     writes = [node for node in rewritten.module.graph.nodes if "quantize_on_write" in str(node.target)]
-    return rewritten.sites[0].reason, read.kwargs["min_context"], len(writes)
+    return rewritten.sites[0].reason, read.kwargs, len(writes)
 
 
 def read(device: str, pairs: int = 1, capacity: int | None = None) -> ReadShape:
@@ -108,3 +116,25 @@ def test_no_planes_where_every_bit_is_always_faster() -> None:
     reason, _, writes = site_and_argument(Never(), "cpu")
     assert writes == 0
     assert "fewer are never faster here" in reason
+
+
+class Measured(Options):
+    """Where reads have been timed."""
+
+    def break_even(self, read: ReadShape) -> float:
+        assert (read.group, read.pairs, read.capacity, read.key_dim) == (2, 2, ROWS, 16)
+        return 0.275
+
+
+def test_a_read_knows_up_to_how_many_bytes_it_pays() -> None:
+    reason, arguments, _ = site_and_arguments(Measured(min_context=77))
+    assert arguments["break_even"] == 0.275
+    assert "every bit below" not in reason
+    assert "more than 28% of its bytes reads every bit" in reason
+
+
+@pytest.mark.parametrize("options", [Options(), Measured(tolerance=0.0), Measured(guarantee="worst_case", tolerance=64.0)])
+def test_what_is_not_measured_or_does_not_depend_on_it_is_not_said(options: Options) -> None:
+    reason, arguments, _ = site_and_arguments(options)
+    assert "break_even" not in arguments
+    assert "of its bytes" not in reason
