@@ -20,7 +20,7 @@ TREND_POINTS = 3
 """How many of the longest contexts a trend is taken from."""
 
 NEAR = 0.1
-"""log(ratio) up to which a layer counts in full for where both reads take the same time; farther ones count less."""
+"""Difference of a ratio from 1 up to which a layer counts in full for where both reads take the same time; others count less."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def least_context(timings: Sequence[Timing]) -> int:
 
 def break_even(timings: Sequence[Timing]) -> float:
     """The share of the cache's bytes that an aligned read takes when it is as fast as the stream: where the weighted least
-    squares line through log(ratio) of all layers, over their shares, is 0.
+    squares line through the ratios of all layers, over their shares, is 1.
 
     Contexts need not be told apart: below the crossover no head is read at few bits anyway, and from there on a call's own work
     matters less than what it reads.
@@ -75,7 +75,7 @@ def break_even(timings: Sequence[Timing]) -> float:
     Returns:
         More than 0, at most 1; 0 where the times show no such share.
     """
-    points = [(share, math.log(ratio)) for timing in timings for share, ratio in timing.layers]
+    points = [(share, ratio - 1) for timing in timings for share, ratio in timing.layers]
     weights = [(NEAR + abs(y)) ** -2 for _, y in points]
     total = math.fsum(weights)
     if not total:
