@@ -93,7 +93,7 @@ class Options:
         return break_even.least_context(read) if self.min_context is None else self.min_context
 
     def break_even(self, read: ReadShape) -> float:
-        """The share of the bytes up to which few bits are the faster ones, 0 where nothing has been measured."""
+        """The share of a head's bytes beyond which it should read every bit, 0 where nothing has been measured."""
         return 0.0
 
     def most_query_rows(self, read: ReadShape) -> int:

@@ -82,7 +82,7 @@ def least_context(site: AttentionSite, options: AlignmentOptions) -> int:
 
 
 def break_even(site: AttentionSite, options: AlignmentOptions) -> float:
-    """The share of the bytes up to which few bits are the faster ones for a site's read; 0 where that is not known."""
+    """The share of a head's bytes beyond which a site's read should take every bit; 0 where that is not known."""
     read = site.kind.read_shape(site)
     return 0.0 if read is None or options.tolerance == 0 or options.certified else options.break_even(read)
 

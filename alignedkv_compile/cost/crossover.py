@@ -19,8 +19,12 @@ context at which the machine was busy does not decide alone."""
 TREND_POINTS = 3
 """How many of the longest contexts a trend is taken from."""
 
+MARGIN = 1.15
+"""Ratio from which on a head should read every bit. Times are no more exact than that, and a head that does so in vain loses as
+much as one that ought to."""
+
 NEAR = 0.1
-"""Difference of a ratio from 1 up to which a layer counts in full for where both reads take the same time; others count less."""
+"""Difference of a ratio from :data:`MARGIN` at which a layer counts a quarter as much as one that has it."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ def least_context(timings: Sequence[Timing]) -> int:
 
 
 def break_even(timings: Sequence[Timing]) -> float:
-    """The share of the cache's bytes that an aligned read takes when it is as fast as the stream: where the weighted least
-    squares line through the ratios of all layers, over their shares, is 1.
+    """The share of the cache's bytes up to which an aligned read takes no more than :data:`MARGIN` times as long as the stream:
+    where the weighted least squares line through the ratios of all layers, over their shares, has that ratio.
 
     Contexts need not be told apart: below the crossover no head is read at few bits anyway, and from there on a call's own work
     matters less than what it reads.
@@ -75,7 +79,7 @@ def break_even(timings: Sequence[Timing]) -> float:
     Returns:
         More than 0, at most 1; 0 where the times show no such share.
     """
-    points = [(share, ratio - 1) for timing in timings for share, ratio in timing.layers]
+    points = [(share, ratio - MARGIN) for timing in timings for share, ratio in timing.layers]
     weights = [(NEAR + abs(y)) ** -2 for _, y in points]
     total = math.fsum(weights)
     if not total:

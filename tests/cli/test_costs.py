@@ -41,7 +41,7 @@ def test_measured_ahead_and_shown(tmp_path: Path) -> None:
     assert "float16, 4 query rows per KV head, head dimension 128" in output
     assert "float16, 3 query rows per KV head, head dimension 64" in output
     assert "2.50 / 1.00" in output
-    assert "30% of the bytes" in output
+    assert "29% of the bytes" in output
     assert str(Records.path()) in output
     assert Records.path().is_relative_to(tmp_path)
     assert "2.50 / 1.00" in run()

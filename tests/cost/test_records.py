@@ -14,7 +14,7 @@ from alignedkv_compile import torch_private
 from alignedkv_compile.break_even import LEAST_CONTEXT, MOST_ALIGNED_QUERY_ROWS, NEVER, ReadShape
 from alignedkv_compile.cost import options as priced_options
 from alignedkv_compile.cost import priced, records
-from alignedkv_compile.cost.crossover import Timing
+from alignedkv_compile.cost.crossover import MARGIN, Timing
 from alignedkv_compile.cost.measure import Accuracy
 from alignedkv_compile.cost.records import Records, kind_of
 from alignedkv_compile.lowering.isa import ENVIRONMENT_VARIABLE as ISA_VARIABLE
@@ -23,7 +23,7 @@ from alignedkv_compile.options import Options
 READ = ReadShape(torch.device("cpu"), torch.bfloat16, 2, 4, 64, 64)
 KIND = kind_of(READ, Accuracy(2.0, 2.0**-8))
 TIMINGS = (Timing(1024, 2.0, 1.0, 2.0, ((0.5, 2.0),)), Timing(4096, 1.0, 2.0, 0.5, ((0.3, 0.5),)))
-LEAST, SHARE = 2048, 0.4  # where the lines of the logarithms are 1
+LEAST, SHARE = 2048, 0.3 + 0.2 * (MARGIN - 0.5) / 1.5  # where the line of the logarithms is 1, and the other the margin
 
 
 @pytest.fixture(autouse=True)
