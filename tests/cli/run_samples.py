@@ -157,9 +157,11 @@ def _attention() -> dict[str, Any]:
             4,
             "",
             2048,
+            0.4,
             {
                 "aligned": measured(0.1 + 1e-5 * context, 0.3),
                 "stream": measured(0.05 + 2e-5 * context, 1.0),
+                "default": measured(0.05 + 2e-5 * context, 1.0),
                 "sdpa packed": measured(0.1 + 1e-4 * context, 1.0),
             },
         )
