@@ -77,7 +77,8 @@ def break_even(timings: Sequence[Timing]) -> float:
     matters less than what it reads.
 
     Returns:
-        More than 0, at most 1; 0 where the times show no such share.
+        At most 1; 0 where times do not grow with the bytes, or no share is small enough, as where :func:`least_context` is
+        never reached.
     """
     points = [(share, ratio - MARGIN) for timing in timings for share, ratio in timing.layers]
     weights = [(NEAR + abs(y)) ** -2 for _, y in points]
