@@ -16,7 +16,7 @@ from ..storage import STORAGES
 from ..torch_private import generates_triton
 from .arena_text import arena_header, packed_rows
 from .constants import SHARED, option_constants, print_cpp
-from .cpp_kernel import Kernel, Template, device_of, emit, realize, render
+from .cpp_kernel import PARTS, Kernel, Template, device_of, emit, realize, render
 from .formulas import certified_formulas, policy_formulas
 from .isa import streams_by_tiles
 from .vectors import vector_header
@@ -102,6 +102,7 @@ class ReadAttention(Template):
         return render(
             "aligned_read_attention.cpp.jinja",
             includes=self.includes(),
+            parts=PARTS,
             constants=print_cpp(SHARED),
             vectors=vector_header(),
             arena=arena_header(arena),

@@ -26,6 +26,9 @@ _templates = jinja2.Environment(
     keep_trailing_newline=True,
 )
 
+PARTS = f"{Placeholder.KERNEL_NAME}_parts"
+"""C++ namespace of what a kernel is made of: with Inductor's C++ wrapper, all kernels of a graph stand in one file."""
+
 
 def render(template: str, **values: object) -> str:
     """A template of this package as text. Raises ``jinja2.UndefinedError`` for a value that it needs and did not get."""
@@ -128,8 +131,7 @@ class Template(CppTemplate):
             #include <vector>
             """
         )
-        if include := chosen_target().include:
-            header.writeline(f"#include <{include}>")
+        header.writelines([f"#include <{name}>" for name in chosen_target().includes])
         return str(header.getvalue())
 
 

@@ -23,14 +23,14 @@ class Target:
         lanes: floats of a vector; 8 or 16.
         headers: files of ``simd/``, which together define what ``simd/portable.h`` describes.
         capabilities: what ``torch.cpu.get_capabilities`` must say of a machine that runs it.
-        include: the compiler's header for its intrinsics.
+        includes: the headers that those need, the compiler's for its intrinsics first.
         tiled: whether it multiplies matrix tiles (``simd/amx.h``).
     """
 
     lanes: int
     headers: tuple[str, ...]
     capabilities: tuple[str, ...] = ()
-    include: str = ""
+    includes: tuple[str, ...] = ()
     tiled: bool = False
 
     def text(self) -> str:
@@ -42,9 +42,15 @@ class Target:
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 
 TARGETS: Mapping[str, Target] = {
-    "amx": Target(16, ("avx512.h", "amx.h"), (*_AVX512, "amx_tile", "amx_bf16"), include="immintrin.h", tiled=True),
-    "avx512": Target(16, ("avx512.h",), _AVX512, include="immintrin.h"),
-    "avx2": Target(8, ("avx2.h", "narrow.h"), ("avx2", "fma3"), include="immintrin.h"),
+    "amx": Target(
+        16,
+        ("avx512.h", "amx.h"),
+        (*_AVX512, "amx_tile", "amx_bf16"),
+        includes=("immintrin.h", "sys/syscall.h", "unistd.h"),
+        tiled=True,
+    ),
+    "avx512": Target(16, ("avx512.h",), _AVX512, includes=("immintrin.h",)),
+    "avx2": Target(8, ("avx2.h", "narrow.h"), ("avx2", "fma3"), includes=("immintrin.h",)),
     "portable": Target(8, ("portable.h", "narrow.h")),
 }
 """The instruction sets, best first; the last runs on every machine."""

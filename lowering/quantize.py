@@ -15,7 +15,7 @@ from ..storage import BESIDE, STORAGES
 from ..torch_private import OpOverload, generates_triton
 from .arena_text import arena_header, packed_rows
 from .constants import SHARED, print_cpp
-from .cpp_kernel import Kernel, Template, device_of, dummy_layout, emit, realize, render
+from .cpp_kernel import PARTS, Kernel, Template, device_of, dummy_layout, emit, realize, render
 from .vectors import vector_header
 
 
@@ -53,6 +53,7 @@ class RowsTemplate(Template):
         return render(
             self.template,
             includes=self.includes(),
+            parts=PARTS,
             constants=print_cpp(SHARED),
             vectors=vector_header(),
             arena=arena_header(self.arena),

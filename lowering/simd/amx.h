@@ -9,8 +9,6 @@ namespace tiles {
 using namespace emulated_tiles;
 }
 #else
-#include <sys/syscall.h>
-#include <unistd.h>
 namespace tiles {
 template <int T>
 static inline void load(const void* p, int64_t stride) {

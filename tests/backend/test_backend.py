@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import alignedkv_compile
 from alignedkv_compile import DeclinedError, StatisticsDisabledError, passes, torch_private
@@ -67,6 +69,42 @@ def test_static_steps(steps: Any, dynamic: bool | None, tolerance: float) -> Non
     compare_static(compiled, steps, steps.inputs(96), 5)
     report = alignedkv_compile.report()
     assert report.found == report.rewritten == 1
+
+
+def test_a_kernel_defines_nothing_beside_its_entry(steps: Any) -> None:
+    """With Inductor's C++ wrapper all kernels of a graph stand in one file; the test after this one compiles such a file."""
+    compiled = compile_step(steps.static, tolerance=2.0, min_context=0, inductor={"fx_graph_cache": False})
+    _, (code,) = run_and_get_code(compiled, *steps.inputs(96).next())
+    kernels = [text for text in re.findall(r"cpp_pybinding\(.*?\'\'\'(.*?)\'\'\'", code, re.DOTALL) if "kernel_parts" in text]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        parts = re.compile(
+            r"^namespace kernel_parts \{ namespace \{\n.*^\} \}  // namespace kernel_parts\n", re.DOTALL | re.MULTILINE
+        )
+        before = parts.sub("", kernel).partition('extern "C"')[0]
+        assert all(not line or line.startswith("#include") for line in before.splitlines())
+
+
+@pytest.mark.slow
+def test_all_kernels_of_a_graph_in_one_file(steps: Any) -> None:
+    """As with Inductor's C++ wrapper: what they are made of has the same names, and its sizes differ."""
+
+    def two_layers(wide: Any, narrow: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, *rest = narrow
+        return steps.static(*wide), steps.static(query, key, value[..., :8], *rest)
+
+    inductor = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}  # one graph: nothing to share
+    compiled = compile_step(two_layers, tolerance=2.0, min_context=0, inductor=inductor, strict=True)
+    wide, narrow = steps.inputs(96), steps.inputs(64)
+    narrow.values = narrow.values[..., :8].clone()
+    for _ in range(3):
+        arguments = wide.next(), narrow.next()
+        expected = two_layers(*(tuple(tensor.clone() for tensor in one) for one in arguments))
+        for actual, stock in zip(compiled(*arguments), expected, strict=True):
+            torch.testing.assert_close(actual, stock, rtol=0, atol=1e-5)
+    report = alignedkv_compile.report()
+    assert report.found == report.rewritten == 2
+    assert not report.graphs[0].fallback, "stock Inductor took the graph"
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 2.0])
