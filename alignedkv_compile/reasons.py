@@ -71,7 +71,9 @@ _EXPLANATIONS = {
     ),
     Reason.SECOND_WRITER: (
         "The cache is written in a way that the planes could not follow.",
-        "Write rows by the cache's own `update`; edits belong outside of the compiled code, where they are noticed.",
+        "Write rows by the cache's own `update`, or as one of `cache.index_copy_(2, positions, rows)`,"
+        " `cache[:, :, positions] = rows` and `cache[:, :, start : start + n] = rows`; edits belong outside of the compiled"
+        " code, where they are noticed.",
     ),
     Reason.WRITE_ORDER: (
         "Attention reads the cache before this step's rows are in it, or K and V are not written alike.",
@@ -79,7 +81,7 @@ _EXPLANATIONS = {
     ),
     Reason.REARRANGED: (
         "On its way to attention the cache passes through operations after which a row is no longer a row of the cache: a part"
-        " of it is taken, heads are repeated in another order, numbers are rounded, axes mixed.",
+        " of it other than its first rows is taken, heads are repeated in another order, numbers are rounded, axes mixed.",
         "Repeat KV heads as `repeat_kv` does, and slice masks instead of caches.",
     ),
     Reason.MIXED_CACHES: (

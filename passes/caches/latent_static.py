@@ -128,11 +128,12 @@ class LatentPair:
     ) -> LatentInputs:
         inputs = self._inputs(number, editor, with_planes=options.tolerance > 0)
         for write in self.writes:
-            with editor.after_both(write.key, write.value):
-                rows, positions = join(write.new_key, write.new_value, editor), editor.current(write.positions)
+            with editor.after_both(write.key.node, write.value.node):
+                latent, rope, positions = write.rows(editor)
+                rows = join(latent, rope, editor)
                 editor.method("index_copy_", inputs.joined, 2, positions, rows)
                 if inputs.planes is not None:
-                    latent, capacity = editor.current(write.new_key), editor.size(self.latent, 2)
+                    capacity = editor.size(self.latent, 2)
                     editor.function(quantize_on_write.default, inputs.planes, rows, latent, positions, capacity)
         for site, found in self.expansions:
             replace_attention(site, editor, options, statistics, functools.partial(self._read, inputs, found))
@@ -230,7 +231,7 @@ def _check_order(writes: Sequence[WritePair], found: Expansion, call: AttentionC
     """
     first, last = facts.order[found.product], facts.order[call.node]
     first = min(first, *(facts.order[node] for node in found.joins))
-    written = [facts.order[node] for write in writes for node in (write.key, write.value)]
+    written = [facts.order[one.node] for write in writes for one in (write.key, write.value)]
     if any(first < position < last for position in written):
         raise Declined(Reason.WRITE_ORDER, "the cache is written between the expansion of its latents and the attention")
     if not any(position < first for position in written):

@@ -6,7 +6,8 @@
 - scaled_dot_product_attention(query, repeat_kv(key_cache), repeat_kv(value_cache), mask, scale=scale)
 + alignedkv.aligned_read_attention(query, key_cache, value_cache, planes, mask, length=capacity, scale=scale, ...)
 
-The attention reads the placeholder or ``index_copy_``'s result, which is the same tensor: the dependency is program order.
+Rows are written in any of the forms of :mod:`.rows`. The attention reads the placeholder, its first rows (``length`` is how
+many), or ``index_copy_``'s result, which is the same tensor: the dependency is program order.
 With certified reads it is ``certified_read_attention``, with its ``bounds``.
 """
 
@@ -15,10 +16,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from alignedkv_compile.break_even import ReadShape
@@ -30,27 +30,26 @@ from alignedkv_compile.state.sidecar import RebuildHistory, Sidecar, SidecarStor
 from ..attention import check_cache_pair, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, arguments, fake, operation, tensor_of
+from ..nodes import Declined, arguments, fake, operation, same
 from ..records import AttentionSite, CacheOperand
 from ..replace_attention import StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Fold, head_repeats
 from ..worth import AlignmentOptions, read_shape
 from .kind import CandidateCall, Expected, Positions, WrittenCache
 from .planes import planes_placeholder
-
-_INDEX_COPY = ("self", "dim", "index", "source")
+from .rows import INDEX_COPY, RowWrite, first_rows, row_write
 
 
 @dataclass(frozen=True)
 class WritePair:
-    """One step's write of K and of V into a pair of preallocated caches, at the same positions: nodes of ``[B, H, S, D]`` and
-    int64 ``[S]``."""
+    """One step's write of K and of V into a pair of preallocated caches, at the same positions."""
 
-    key: Node
-    value: Node
-    new_key: Node
-    new_value: Node
-    positions: Node
+    key: RowWrite
+    value: RowWrite
+
+    def rows(self, editor: GraphEditor) -> tuple[Node, Node, Node]:
+        """New rows of K and of V, ``[B, H, S, D]``, and their positions, int64 ``[S]``, for what is inserted behind both."""
+        return self.key.new_rows(editor), self.value.new_rows(editor), self.key.positions(editor)
 
 
 class StaticKind:
@@ -71,8 +70,10 @@ class StaticKind:
         assert value_cache is not None
         check_cache_pair(key_cache, value_cache)
         last = _last_write(write_pairs(key_cache, value_cache, facts), candidate.call.node, facts)
-        key = _operand(candidate.key, key_cache, last.key, facts)
-        value = _operand(candidate.value, value_cache, last.value, facts)
+        key = _operand(candidate.key, key_cache, last.key.node, facts)
+        value = _operand(candidate.value, value_cache, last.value.node, facts)
+        if not same(fake(key.rows).shape[2], fake(value.rows).shape[2]):
+            raise Declined(Reason.LENGTH, "attention reads different numbers of rows of K and of V")
         return site_over(candidate.call, self, candidate.index, key, value)
 
     def pair(self, sites: Sequence[AttentionSite], facts: GraphFacts) -> StaticPair:
@@ -80,8 +81,8 @@ class StaticKind:
         return StaticPair(key, value, write_pairs(key, value, facts), tuple(sites))
 
     def written_by(self, node: Node, facts: GraphFacts) -> WrittenCache | None:
-        source = written_cache(node, facts) if is_index_copy(node) else None
-        return None if source is None else WrittenCache(source, source, arguments(node, _INDEX_COPY).get("index"))
+        source = written_cache(node, facts) if operation(node) == "index_copy_" and row_write(node) else None
+        return None if source is None else WrittenCache(source, source, arguments(node, INDEX_COPY).get("index"))
 
 
 STATIC = StaticKind()
@@ -115,16 +116,15 @@ class StaticPair:
     ) -> StaticInputs | None:
         planes = planes_placeholder(self.key, self.value, number, editor) if options.tolerance > 0 else None
         for write in self.writes if planes is not None else ():
-            with editor.after_both(write.key, write.value):
-                rows = (editor.current(node) for node in (write.new_key, write.new_value, write.positions))
-                editor.function(quantize_on_write.default, planes, *rows, editor.size(self.key, 2))
+            with editor.after_both(write.key.node, write.value.node):
+                editor.function(quantize_on_write.default, planes, *write.rows(editor), editor.size(self.key, 2))
         for site in self.sites:
             if site.outcome is Outcome.REWRITTEN:
                 replace_attention(site, editor, options, statistics, functools.partial(self._read, planes))
         return None if planes is None else StaticInputs(self.key, self.value, planes)
 
     def _read(self, planes: Node | None, site: AttentionSite, editor: GraphEditor) -> TensorRead:
-        return TensorRead(self.key, self.value, planes, length=editor.size(self.key, 2), mask=mask_of(site, editor))
+        return TensorRead(self.key, self.value, planes, length=_length(site, editor), mask=mask_of(site, editor))
 
 
 @dataclass(frozen=True)
@@ -185,19 +185,10 @@ class BoundStatic:
         held.mark_stale()
 
 
-def is_index_copy(node: Node) -> bool:
-    """Whether a node writes rows of a ``[B, H, C, D]`` tensor by ``index_copy_`` on dimension 2."""
-    if operation(node) != "index_copy_":
-        return False
-    bound = arguments(node, _INDEX_COPY)
-    target = tensor_of(bound.get("self"))
-    return target is not None and target.dim() == 4 and bound.get("dim") in (2, -2)
-
-
 def written_cache(node: Node, facts: GraphFacts) -> Node | None:
     """The placeholder that a tensor is, when the graph writes it: itself, or behind ``index_copy_`` results."""
     while operation(node) == "index_copy_":
-        node = arguments(node, _INDEX_COPY)["self"]  # type: ignore[assignment]
+        node = arguments(node, INDEX_COPY)["self"]  # type: ignore[assignment]
     return node if facts.is_cache_input(node) and facts.writers(node) else None
 
 
@@ -207,57 +198,51 @@ def write_pairs(key: Node, value: Node, facts: GraphFacts) -> tuple[WritePair, .
     Raises:
         Declined: a cache is written in any other way, or K and V at different positions.
     """
-    for cache, name in ((key, "K"), (value, "V")):
-        _check_memory(cache, name, facts)
-    key_writes, value_writes = facts.writers(key), facts.writers(value)
+    key_writes, value_writes = _row_writes(key, "K", facts), _row_writes(value, "V", facts)
     if len(key_writes) != len(value_writes):
         raise Declined(Reason.SECOND_WRITER, f"K is written {len(key_writes)} times and V {len(value_writes)} times")
     pairs = tuple(_write_pair(*written, facts) for written in zip(key_writes, value_writes, strict=True))
     for earlier, later in itertools.pairwise(pairs):
-        if max(facts.order[earlier.key], facts.order[earlier.value]) > min(facts.order[later.key], facts.order[later.value]):
+        if max(_order(earlier, facts)) > min(_order(later, facts)):
             raise Declined(Reason.WRITE_ORDER, "K and V are written twice before the pair is complete")
     return pairs
 
 
 def _last_write(writes: tuple[WritePair, ...], attention: Node, facts: GraphFacts) -> WritePair:
     """The write whose rows attention sees."""
-    before = [pair for pair in writes if facts.order[pair.key] < facts.order[attention]]
+    before = [pair for pair in writes if _order(pair, facts)[0] < facts.order[attention]]
     if not before:
         raise Declined(Reason.WRITE_ORDER, "the cache is written after the attention reads it")
-    if facts.order[before[-1].value] > facts.order[attention]:
+    if _order(before[-1], facts)[1] > facts.order[attention]:
         raise Declined(Reason.WRITE_ORDER, "the attention reads the cache between the writes of K and of V")
     return before[-1]
 
 
-def _check_memory(cache: Node, name: str, facts: GraphFacts) -> None:
+def _order(pair: WritePair, facts: GraphFacts) -> tuple[int, int]:
+    return facts.order[pair.key.node], facts.order[pair.value.node]
+
+
+def _row_writes(cache: Node, name: str, facts: GraphFacts) -> list[RowWrite]:
+    """Every write of a cache, in order."""
     facts.check_unshared(cache, name)
+    found = []
     for writer in facts.writers(cache):
-        if not is_index_copy(writer) or written_cache(writer, facts) is not cache:
+        write = row_write(writer)
+        if write is None or written_cache(write.cache, facts) is not cache:
             raise Declined(Reason.SECOND_WRITER, f"{name} is also written by {operation(writer)}")
-        _check_write(writer, cache, name)
+        if problem := write.problem(name):
+            raise Declined(Reason.WRITE_ORDER, problem)
+        found.append(write)
+    return found
 
 
-def _check_write(write: Node, cache: Node, name: str) -> None:
-    bound = arguments(write, _INDEX_COPY)
-    rows, positions, tensor = tensor_of(bound.get("source")), tensor_of(bound.get("index")), fake(cache)
-    if rows is None or rows.dim() != 4 or rows.dtype != tensor.dtype:
-        raise Declined(Reason.WRITE_ORDER, f"the rows written to {name} are no 4-D tensor of its dtype")
-    if positions is None or positions.dim() != 1 or positions.dtype != torch.int64:
-        raise Declined(Reason.WRITE_ORDER, f"the positions written to {name} are no 1-D int64 tensor")
-
-
-def _write_pair(key: Node, value: Node, facts: GraphFacts) -> WritePair:
-    key_bound, value_bound = arguments(key, _INDEX_COPY), arguments(value, _INDEX_COPY)
-    new_key, new_value, positions = key_bound["source"], value_bound["source"], key_bound["index"]
-    assert isinstance(new_key, Node)
-    assert isinstance(new_value, Node)
-    assert isinstance(positions, Node)
-    if positions is not value_bound["index"]:
+def _write_pair(key: RowWrite, value: RowWrite, facts: GraphFacts) -> WritePair:
+    if not key.is_at(value, facts):
         raise Declined(Reason.WRITE_ORDER, "K and V are written at different positions")
-    first, last = sorted((key, value), key=facts.order.__getitem__)
-    if any(facts.written_between(operand, first, last) for operand in (new_key, new_value, positions)):
+    first, last = sorted((key.node, value.node), key=facts.order.__getitem__)
+    if any(facts.written_between(operand, first, last) for operand in (*key.operands, *value.operands)):
         raise Declined(Reason.WRITE_ORDER, "the new rows or their positions change between the writes of K and of V")
-    return WritePair(key, value, new_key, new_value, positions)
+    return WritePair(key, value)
 
 
 def _operand(folded: Fold, cache: Node, write: Node, facts: GraphFacts) -> CacheOperand:
@@ -265,4 +250,16 @@ def _operand(folded: Fold, cache: Node, write: Node, facts: GraphFacts) -> Cache
         before_write = facts.order[node] < facts.order[write]
         if before_write and not facts.shares_storage(cache, node):
             raise Declined(Reason.WRITE_ORDER, "attention reads a copy of the cache that was made before the write")
+    if folded.chain and first_rows(folded.chain[0]) is not None:
+        rows, behind = folded.chain[0], folded.chain[1:]
+        return CacheOperand(cache, rows, folded.chain, head_repeats(replace(folded, base=rows, chain=behind)))
     return CacheOperand(cache, cache, folded.chain, head_repeats(folded))
+
+
+def _length(site: AttentionSite, editor: GraphEditor) -> Node | int:
+    """How many rows of the cache a call reads, at most: its first ones."""
+    if site.key.rows is site.key.source:
+        return editor.size(site.key.source, 2)
+    count = first_rows(site.key.rows)
+    assert count is not None
+    return editor.current(count) if isinstance(count, Node) else count
