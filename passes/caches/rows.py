@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch.fx import Node
@@ -60,8 +61,9 @@ class RowWrite:
             return f"the rows written to {name} are repeated to its size"
         if isinstance(self.places, slice):
             first, last = _number(self.places.start, 0), _number(self.places.stop, cache.shape[2])
-            known = first is not None and last is not None and not depends_on_data(first) and bool(first >= 0)
-            return "" if known and _equal(last - first, rows.shape[2]) else f"where rows are written to {name} is not known"
+            if first is None or last is None or depends_on_data(first) or first < 0 or not _equal(last - first, rows.shape[2]):
+                return f"where rows are written to {name} is not known"
+            return ""
         positions = tensor_of(self.places)
         if positions is None or positions.dim() != 1 or positions.dtype != torch.int64:
             return f"the positions written to {name} are no 1-D int64 tensor"
@@ -108,19 +110,19 @@ def row_write(node: Node) -> RowWrite | None:
         if not _is_cache(cache) or bound.get("dim") not in (2, -2):
             return None
         return RowWrite(node, cache, bound.get("source"), bound.get("index"))  # type: ignore[arg-type]
-    if name == "setitem":
-        return _indexed(node, *node.args)
+    if name == "setitem" and len(node.args) == 3:
+        cache, index, rows = node.args
+        return _indexed(node, cache, index, rows)
     if name == "copy_" and len(node.args) == 2 and not node.kwargs:
         target, rows = node.args
-        if isinstance(target, Node) and operation(target) == "getitem" and isinstance(target.args[1], tuple):
-            found = _indexed(node, *target.args, rows)
-            return found if found is not None and isinstance(found.places, slice) else None
+        found = _indexed(node, target.args[0], target.args[1], rows) if _is_indexing(target) else None
+        return found if found is not None and isinstance(found.places, slice) else None  # rows of an index are a copy
     return None
 
 
 def first_rows(node: Node) -> Node | int | None:
     """``n`` of ``cache[:, :, :n]``, if the cache has so many rows; else None."""
-    places = chosen_rows(*node.args) if operation(node) == "getitem" else None
+    places = chosen_rows(node.args[0], node.args[1]) if _is_indexing(node) else None
     if not isinstance(places, slice) or places.step not in (None, 1) or not _is_same_number(places.start or 0, 0):
         return None
     return places.stop if places.stop is not None and _is_same_number(places.stop, fake(node).shape[2]) else None
@@ -146,6 +148,10 @@ def chosen_rows(cache: object, index: object) -> Node | slice | None:
     if len(index) != 4 or not all(_is_whole(index[dim], fake(cache).shape[dim]) for dim in (0, 1, 3)):
         return None
     return index[2] if isinstance(index[2], (Node, slice)) else None
+
+
+def _is_indexing(node: object) -> TypeGuard[Node]:
+    return isinstance(node, Node) and operation(node) == "getitem"
 
 
 def _is_cache(node: object) -> bool:
