@@ -192,7 +192,11 @@ class LiveRows:
 def append_rows(
     buffers: BufferInputs, past_rows: int | torch.SymInt, new_key: Node, new_value: Node, new_rows: int, editor: GraphEditor
 ) -> LiveRows:
-    """Write the new rows behind the past's."""
+    """Write the new rows behind the past's, in its dtype, as ``cat`` does."""
+    new_key, new_value = (
+        rows if fake(rows).dtype == fake(buffer).dtype else editor.method("to", rows, fake(buffer).dtype)
+        for rows, buffer in ((new_key, buffers.key), (new_value, buffers.value))
+    )
     symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
     past_length: Any = express(past_rows, symbols, editor.function)
     length = editor.plus(past_length, new_rows)
@@ -358,6 +362,6 @@ def largest_capacity(key: torch.Tensor, value: torch.Tensor) -> int | None:
 
 
 def _operand(folded: Fold, parts: Concatenation) -> CacheOperand:
-    if fake(parts.past).dtype != fake(parts.new).dtype:
-        raise Declined(Reason.DTYPE, "past and new rows have different dtypes")
+    if fake(parts.past).dtype != fake(parts.result).dtype:
+        raise Declined(Reason.DTYPE, "past and new rows have different dtypes, and the past would change its own")
     return CacheOperand(parts.past, parts.result, folded.chain, head_repeats(folded))

@@ -26,6 +26,7 @@ from twins import (
     llama,
     new_cache,
     prompt,
+    rounding_error,
     slow,
 )
 from zoo_backend import _STORES as STORES
@@ -127,6 +128,21 @@ def test_inference_mode(cache: str) -> None:
         twins.generate(input_ids=prompt(7), max_new_tokens=6, **CACHES[cache])
     twins.backend.selected = ALIGNED
     assert twins.backend.notes == ({NO_VERSION_COUNTER} if cache == "static" else set())
+
+
+def test_autocast_over_weights_of_float32() -> None:
+    """The cache becomes float32, which new rows of V in bfloat16 are then cast to, and attention's output is bfloat16."""
+    twins, inputs = Twins(llama()), {"input_ids": prompt(7), "max_new_tokens": 6}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = generate(twins.stock, **inputs)
+    assert expected.past_key_values.layers[0].values.dtype == torch.float32
+    error = rounding_error(twins.stock, expected, inputs)
+    for _ in twins.backend.each():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = generate(twins.ours, **inputs)
+        assert_same(actual, expected, error)
+        assert twins.backend.rewritten
+    assert not twins.backend.declined
 
 
 @slow

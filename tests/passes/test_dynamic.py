@@ -41,6 +41,20 @@ def test_the_concatenation_becomes_an_append(harness, same_as_stock, operations,
     assert len(harness.last.kept_outputs) == harness.last.outputs - 2
 
 
+def test_new_rows_of_a_narrower_dtype(harness, same_as_stock) -> None:
+    """As under autocast: ``cat`` gives the wider one."""
+    query, key, value, *past = inputs()
+    same_as_stock(step, harness, query, key.bfloat16(), value.half(), *past)
+    assert harness.outcomes == [Outcome.REWRITTEN]
+
+
+def test_new_rows_that_change_the_dtype_of_the_past(harness, same_as_stock) -> None:
+    query, key, value, *past = inputs()
+    same_as_stock(step, harness, query, key, value, *(rows.bfloat16() for rows in past))
+    assert harness.outcomes == [Outcome.DECLINED]
+    assert harness.reasons == ["past and new rows have different dtypes, and the past would change its own"]
+
+
 def test_one_graph_for_all_lengths(harness) -> None:
     compiled = torch.compile(step, backend=harness, fullgraph=True)
     _, _, _, past_key, past_value = inputs(5)
