@@ -11,6 +11,7 @@ import triton.language as tl
 import triton_interpreter
 from torch._inductor.utils import run_and_get_code
 from triton.language.extra import libdevice
+from triton.runtime import interpreter
 from triton_interpreter import interpreted, repaired
 
 
@@ -82,6 +83,30 @@ def test_libdevice() -> None:
     torch.testing.assert_close(out, numbers.rsqrt())
     with pytest.raises(Exception, match=r"."):  # whatever it raises: there is no such function
         _launch(_reciprocal_root, numbers, out, 8)
+
+
+@triton.jit
+def _double(x: tl.tensor):
+    return x + x
+
+
+@triton.jit
+def _octuple(source: tl.tensor, out: tl.tensor, count: tl.constexpr):
+    index = tl.arange(0, count)
+    tl.store(out + index, _double(_double(_double(tl.load(source + index)))))
+
+
+@pytest.mark.parametrize(("repairs", "times"), [(triton_interpreter.REPAIRS, 1), ((), 4)])
+def test_the_language_is_patched_once(
+    monkeypatch: pytest.MonkeyPatch, repairs: tuple[Callable[..., None], ...], times: int
+) -> None:
+    patched, patch_lang = [], interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: patched.append(function) or patch_lang(function))
+    out = torch.empty(8)
+    with repaired(repairs):
+        _launch(_octuple, torch.arange(8.0), out, 8)
+    assert torch.equal(out, 8 * torch.arange(8.0))
+    assert len(patched) == times
 
 
 def test_not_a_number_is_ignored_by_maxima_as_on_gpus() -> None:

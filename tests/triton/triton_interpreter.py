@@ -177,7 +177,30 @@ _NUMPY_NAMES = (
     *("floor", "ceil", "trunc", "rint", "abs", "fabs", "fmod", "hypot", "copysign", "nextafter"),
 )
 
-REPAIRS: tuple[Callable[..., None], ...] = (repair_bfloat16_casts, repair_bfloat16_dot, provide_libdevice)
+
+def patch_the_language_once(patch: Callable[[object, str, object], None]) -> None:
+    """Each call of a device function replaces the functions of the language's modules anew, though they are replaced already: a
+    third of the interpreter's time."""
+    call = interpreter.InterpretedFunction.__call__
+
+    def call_patched(self: Any, *arguments: Any, **named: Any) -> Any:
+        modules = [module for module in (tl, tl.core) if any(one is module for one in self.fn.__globals__.values())]
+        if any(tl.core.is_builtin(module.load) for module in modules):
+            return call(self, *arguments, **named)
+        try:
+            return self.rewrite()(*arguments, **named)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    patch(interpreter.InterpretedFunction, "__call__", call_patched)
+
+
+REPAIRS: tuple[Callable[..., None], ...] = (
+    repair_bfloat16_casts,
+    repair_bfloat16_dot,
+    provide_libdevice,
+    patch_the_language_once,
+)
 
 
 @contextlib.contextmanager
