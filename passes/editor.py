@@ -80,6 +80,10 @@ class GraphEditor:
         size = fake(node).shape[dim]
         return size if isinstance(size, int) else self.method("size", node, dim)
 
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """A tensor in another dtype; itself where it has it already."""
+        return node if fake(node).dtype == dtype else self.method("to", node, dtype)
+
     def plus(self, left: Node | int, right: Node | int) -> Node | int:
         """A sum of sizes, as an argument: the number where both are numbers."""
         if isinstance(left, int) and isinstance(right, int):
@@ -113,6 +117,10 @@ class GraphEditor:
         while node.name in self.replaced:
             node = self.replaced[node.name]  # type: ignore[assignment]
         return node
+
+    def current_size(self, size: Node | int) -> Node | int:
+        """The same for an argument that is a node or a number."""
+        return self.current(size) if isinstance(size, Node) else size
 
     def erase_unused(self, nodes: Iterable[Node]) -> None:
         """Remove those of some nodes that nothing uses, once what they feed is gone."""

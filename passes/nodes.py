@@ -114,6 +114,11 @@ def same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; where that is not certain, a guard says so, but for sizes that depend on data."""
+    return same(left, right) if depends_on_data(left) or depends_on_data(right) else bool(left == right)
+
+
 def example_size(size: object) -> int:
     """The size itself, or the example value behind a symbolic one."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # type: ignore[call-overload]

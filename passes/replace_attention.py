@@ -184,8 +184,7 @@ def replace_attention(
         result = result if reads.finish is None else reads.finish(result)
         if site.key.repeats.tiled:
             result = _heads_swapped(result, 1, tiles[::-1], editor)
-        if fake(result).dtype != original.dtype:
-            result = editor.method("to", result, original.dtype)
+        result = editor.cast(result, original.dtype)
         if original.dim() == 3:
             result = editor.method("flatten", result, 0, 1)
         result = _with_strides_of(original, result, editor)

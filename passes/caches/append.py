@@ -193,10 +193,7 @@ def append_rows(
     buffers: BufferInputs, past_rows: int | torch.SymInt, new_key: Node, new_value: Node, new_rows: int, editor: GraphEditor
 ) -> LiveRows:
     """Write the new rows behind the past's, in its dtype, as ``cat`` does."""
-    new_key, new_value = (
-        rows if fake(rows).dtype == fake(buffer).dtype else editor.method("to", rows, fake(buffer).dtype)
-        for rows, buffer in ((new_key, buffers.key), (new_value, buffers.value))
-    )
+    new_key, new_value = editor.cast(new_key, fake(buffers.key).dtype), editor.cast(new_value, fake(buffers.value).dtype)
     symbols = inputs_by_symbol(node for node in editor.graph.nodes if node.op == "placeholder")
     past_length: Any = express(past_rows, symbols, editor.function)
     length = editor.plus(past_length, new_rows)

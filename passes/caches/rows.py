@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import arguments, depends_on_data, example, fake, operation, same, tensor_of
+from ..nodes import arguments, depends_on_data, equal, example, fake, operation, same, tensor_of
 
 INDEX_COPY = ("self", "dim", "index", "source")
 
@@ -57,17 +57,17 @@ class RowWrite:
         if rows is None or rows.dim() != 4 or not (rows.dtype == cache.dtype or (casts and rows.is_floating_point())):
             return f"the rows written to {name} are no 4-D tensor of its dtype"
         repeats = operation(self.node) != "index_copy_"
-        if repeats and not all(_equal(rows.shape[dim], cache.shape[dim]) for dim in (0, 1, 3)):
+        if repeats and not all(equal(rows.shape[dim], cache.shape[dim]) for dim in (0, 1, 3)):
             return f"the rows written to {name} are repeated to its size"
         if isinstance(self.places, slice):
             first, last = _number(self.places.start, 0), _number(self.places.stop, cache.shape[2])
-            if first is None or last is None or depends_on_data(first) or first < 0 or not _equal(last - first, rows.shape[2]):
+            if first is None or last is None or depends_on_data(first) or first < 0 or not equal(last - first, rows.shape[2]):
                 return f"where rows are written to {name} is not known"
             return ""
         positions = tensor_of(self.places)
         if positions is None or positions.dim() != 1 or positions.dtype != torch.int64:
             return f"the positions written to {name} are no 1-D int64 tensor"
-        if repeats and not _equal(positions.shape[0], rows.shape[2]):
+        if repeats and not equal(positions.shape[0], rows.shape[2]):
             return f"the rows written to {name} are repeated to its positions"
         return ""
 
@@ -83,8 +83,7 @@ class RowWrite:
     def new_rows(self, editor: GraphEditor) -> Node:
         """``[B, H, S, D]`` as the cache then holds them, for what is inserted behind the write."""
         assert isinstance(self.rows, Node)
-        rows, dtype = editor.current(self.rows), fake(self.cache).dtype
-        return rows if fake(rows).dtype == dtype else editor.method("to", rows, dtype)
+        return editor.cast(editor.current(self.rows), fake(self.cache).dtype)
 
     def positions(self, editor: GraphEditor) -> Node:
         """int64 ``[S]``, none of them negative, for what is inserted behind the write."""
@@ -93,7 +92,7 @@ class RowWrite:
             rows = editor.current(self.rows)
             counted = editor.function(torch.arange, editor.size(rows, 2), device=fake(rows).device)
             start = self.places.start
-            return counted if start is None else editor.function(operator.add, counted, _current(start, editor))
+            return counted if start is None else editor.function(operator.add, counted, editor.current_size(start))
         assert isinstance(self.places, Node)
         positions = editor.current(self.places)
         if operation(self.node) == "index_copy_":
@@ -176,12 +175,7 @@ def _is_same_number(left: object, right: object, *, guarded: bool = False) -> bo
     if left is right:
         return True
     first, second = _number(left, 0), _number(right, 0)
-    return first is not None and second is not None and (_equal if guarded else same)(first, second)
-
-
-def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal; where that is not certain, a guard says so."""
-    return bool(left == right) if not depends_on_data(left) and not depends_on_data(right) else same(left, right)
+    return first is not None and second is not None and (equal if guarded else same)(first, second)
 
 
 def _are_one_view(left: Node, right: Node, facts: GraphFacts) -> bool:
@@ -192,8 +186,4 @@ def _are_one_view(left: Node, right: Node, facts: GraphFacts) -> bool:
     if first is None or second is None or first.dim() != second.dim() or not facts.shares_storage(left, right):
         return False
     places = ((*one.shape, *one.stride(), one.storage_offset()) for one in (first, second))
-    return first.dtype == second.dtype and all(map(_equal, *places))
-
-
-def _current(value: object, editor: GraphEditor) -> Node | int:
-    return editor.current(value) if isinstance(value, Node) else value  # type: ignore[return-value]
+    return first.dtype == second.dtype and all(map(equal, *places))

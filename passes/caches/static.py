@@ -30,7 +30,7 @@ from alignedkv_compile.state.sidecar import RebuildHistory, Sidecar, SidecarStor
 from ..attention import check_cache_pair, site_over
 from ..editor import GraphEditor
 from ..facts import GraphFacts
-from ..nodes import Declined, arguments, depends_on_data, fake, operation
+from ..nodes import Declined, arguments, equal, fake, operation
 from ..records import AttentionSite, CacheOperand
 from ..replace_attention import StatisticsInputs, TensorRead, mask_of, replace_attention
 from ..views import Fold, head_repeats
@@ -72,8 +72,7 @@ class StaticKind:
         last = _last_write(write_pairs(key_cache, value_cache, facts), candidate.call.node, facts)
         key = _operand(candidate.key, key_cache, last.key.node, facts)
         value = _operand(candidate.value, value_cache, last.value.node, facts)
-        rows = fake(key.rows).shape[2], fake(value.rows).shape[2]
-        if any(map(depends_on_data, rows)) or not bool(rows[0] == rows[1]):
+        if not equal(fake(key.rows).shape[2], fake(value.rows).shape[2]):
             raise Declined(Reason.LENGTH, "attention reads different numbers of rows of K and of V")
         return site_over(candidate.call, self, candidate.index, key, value)
 
@@ -263,4 +262,4 @@ def _length(site: AttentionSite, editor: GraphEditor) -> Node | int:
         return editor.size(site.key.source, 2)
     count = first_rows(site.key.rows)
     assert count is not None
-    return editor.current(count) if isinstance(count, Node) else count
+    return editor.current_size(count)

@@ -4,9 +4,9 @@
 :func:`interpreted`, ``torch.compile`` sends CPU tensors to Inductor's Triton code generation, and the generated module,
 launches included, runs as it is; only the numbers are made by numpy.
 
-What triton 3.9's interpreter gets wrong or lacks is repaired here, one function per repair, each with its test in
-``test_triton_interpreter.py``: a repair that a later triton makes unnecessary is found by that test's twin, which runs
-without it.
+What triton 3.9's interpreter gets wrong, lacks or does over and over is repaired here, one function per repair, each with its
+test in ``test_triton_interpreter.py``: a repair that a later triton makes unnecessary is found by that test's twin, which
+runs without it.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ _NUMPY_NAMES = (
 
 
 def patch_the_language_once(patch: Callable[[object, str, object], None]) -> None:
-    """Each call of a device function replaces the functions of the language's modules anew, though they are replaced already: a
-    third of the interpreter's time."""
+    """Each call of a device function replaces the functions of the language's modules anew, though they are replaced already.
+    Nothing is wrong with that but the time, a third of an aligned read's or more."""
     call = interpreter.InterpretedFunction.__call__
 
     def call_patched(self: Any, *arguments: Any, **named: Any) -> Any:
