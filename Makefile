@@ -102,7 +102,7 @@ format: $(STAMP)  ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## the attention operator alone, against SDPA and a 16-bit streaming kernel
-	$(BIN)/python benchmarks/attention.py --json results/attention.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/attention.py --json results/attention.json --markdown results/attention.md $(BENCH_ARGS)
 
 bench-quick: $(STAMP)  ## one context, two shapes
 	$(BIN)/python benchmarks/attention.py --quick --json results/attention-quick.json $(BENCH_ARGS)

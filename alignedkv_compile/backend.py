@@ -13,6 +13,7 @@ from . import lowering, passes, torch_private
 from .contract import Outcome, SiteReport
 from .cost import priced
 from .errors import DeclinedError, UnknownOptionError
+from .head_start import install
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
 from .outlined import OutlinedGraph
@@ -51,6 +52,7 @@ def alignedkv(
         raise UnknownOptionError(name, value, ("mode", "options"))
     choices = parse(mode, options)
     graph_report = REGISTRY.open(_traced_function(gm))
+    _HEAD_START.wait()
     try:
         return _compile_rewritten(gm, example_inputs, choices, graph_report)
     except Exception as error:
@@ -62,6 +64,9 @@ def alignedkv(
         return torch_private.compile_graph(gm, example_inputs, choices.inductor_patches())
     finally:
         REGISTRY.add(graph_report)
+
+
+_HEAD_START = install(alignedkv)
 
 
 def _compile_rewritten(

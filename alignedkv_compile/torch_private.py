@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -182,6 +185,49 @@ def compile_lock() -> threading.RLock:
     from torch._dynamo.convert_frame import compile_lock
 
     return compile_lock
+
+
+def around_compilations(begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have ``begin`` called when Dynamo starts to compile, and ``end`` when it is done, until ``torch._dynamo.reset()``."""
+    from torch._dynamo import on_compile_end, on_compile_start
+
+    on_compile_start(lambda *_: begin())
+    on_compile_end(lambda *_: end())
+
+
+def announced_backend() -> tuple[object, Mapping[str, object]]:
+    """For which backend, and with which options, Dynamo is about to compile; to be asked where that is announced.
+
+    Who is called at the start of a compilation gets its number only; the rest is an argument of the function that announces it.
+    """
+    from torch._dynamo.eval_frame import innermost_backend
+
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and "compiler_fn" not in frame.f_code.co_varnames:
+        frame = frame.f_back
+    if frame is None:
+        return None, {}
+    backend = innermost_backend(frame.f_locals["compiler_fn"])
+    return getattr(backend, "compiler_fn", backend), getattr(backend, "kwargs", {}).get("options") or {}
+
+
+def sets_cpp(options: Mapping[str, object]) -> bool:
+    """Whether a backend's ``options`` change an entry of Inductor's config that says how C++ is compiled."""
+    entries = options.get("inductor")
+    return isinstance(entries, Mapping) and any(str(name).startswith("cpp") for name in entries)
+
+
+def has_accelerator() -> bool:
+    """Whether what is compiled is likely to be for another device than the CPU."""
+    return torch.accelerator.is_available()
+
+
+def instruction_set_checks() -> list[Callable[[], object]]:
+    """What Inductor will ask, and keep, of each instruction set of the processor: whether the compiler builds for it."""
+    from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
+
+    present = set(x86_isa_checker())  # only these are tried
+    return [partial(bool, isa) for isa in supported_vec_isa_list if present.issuperset(str(isa).split())]
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from alignedkv_compile.break_even import NEVER, ReadShape
+from alignedkv_compile.break_even import ReadShape
 from alignedkv_compile.cost import priced
 from alignedkv_compile.demo.console import open_console
 from alignedkv_compile.demo.environment import describe
@@ -47,72 +45,14 @@ from attention_inputs import (
     layer_of,
     parse_inputs,
 )
-from attention_variants import ALIGNED, DEFAULT, DESCRIPTIONS, STREAM, Call, Prepared, default_call, make_calls, prepare, settle
+from attention_report import SHORT_DTYPE, Case, Measured, derived, markdown, ratio_table, time_table
+from attention_variants import ALIGNED, DEFAULT, DESCRIPTIONS, Call, Prepared, default_call, make_calls, prepare, settle
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SHAPES = ("32/8/128", "32/32/128", "9/3/64")
-SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DTYPES = tuple(SHORT_DTYPE)
 QUICK_CASES = (("32/8/128", 16384, "bfloat16"), ("9/3/64", 16384, "float32"))
 MAX_COPIES = 64
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One variant on one case.
-
-    Attributes:
-        median_ms, min_ms: per call, over rounds.
-        rounds_ms: mean time per call of each round.
-        relative_error: ``||o - o64|| / ||o64||`` against float64 attention on the same stored values, first layer.
-        bytes_read: per call; for SDPA and streaming the cache in its own dtype.
-        bytes_fraction: of the cache in its own dtype.
-        bytes_per_row, ns_per_row: per cache row and KV head, K and V together.
-        gb_per_s: ``bytes_read`` over the median.
-    """
-
-    median_ms: float
-    min_ms: float
-    rounds_ms: tuple[float, ...]
-    relative_error: float
-    bytes_read: float
-    bytes_fraction: float
-    bytes_per_row: float
-    ns_per_row: float
-    gb_per_s: float
-
-
-@dataclass(frozen=True)
-class Case:
-    """All variants on one head shape, context and dtype.
-
-    Attributes:
-        effective_keys: mean over heads (and layers) of exp(entropy of the weights).
-        copies: layers that the calls went round.
-        skipped: why the case was not run, or "".
-        least_context: live rows from which on a model on this machine reads few bits by default.
-        break_even: share of a head's bytes up to which it does.
-    """
-
-    shape: str
-    context: int
-    dtype: str
-    effective_keys: float = 0.0
-    copies: int = 0
-    skipped: str = ""
-    least_context: int = 0
-    break_even: float = 0.0
-    variants: dict[str, Measured] = field(default_factory=dict)
-
-    def ratio(self, baseline: str) -> float:
-        """How many times faster the aligned read is than ``baseline``, by median."""
-        return self.variants[baseline].median_ms / self.variants[ALIGNED].median_ms
-
-    @property
-    def over_better(self) -> float:
-        """Time of the default over that of the better of both reads."""
-        times = [self.variants[name].median_ms for name in (ALIGNED, STREAM)]
-        return self.variants[DEFAULT].median_ms / min(times)
 
 
 @dataclass(frozen=True)
@@ -270,71 +210,6 @@ def run_cases(
         yield measure(copies_of(layer, plan.footprint_mib), calls, plan, defaults[name, dtype_name])
 
 
-def time_table(cases: Sequence[Case]) -> Table:
-    """Medians of all variants in milliseconds."""
-    found = _table("one decode step of one layer, median ms", list(DESCRIPTIONS))
-    for case in cases:
-        times = (
-            [f"{case.variants[name].median_ms:.3f}" for name in DESCRIPTIONS] if case.variants else [f"skipped: {case.skipped}"]
-        )
-        found.add_row(case.shape, str(case.context), SHORT_DTYPE[case.dtype], *times)
-    return found
-
-
-def ratio_table(cases: Sequence[Case]) -> Table:
-    """How many times faster the aligned read is than each baseline, what it reads, and its error beside streaming's."""
-    baselines = [name for name in DESCRIPTIONS if name not in (ALIGNED, DEFAULT)]
-    figures = [
-        "bytes\nread",
-        "bytes\n/row",
-        "ns\n/row",
-        "GB/s",
-        "rel.\nerror",
-        "error of\nstream",
-        "few bits\nfrom",
-        "up to",
-        "default\nreads",
-        "over\nbetter",
-    ]
-    found = _table("the aligned read: times faster than each, and what it reads", baselines + figures)
-    for case in cases:
-        if not case.variants:
-            continue
-        aligned = case.variants[ALIGNED]
-        found.add_row(
-            case.shape,
-            str(case.context),
-            SHORT_DTYPE[case.dtype],
-            *(f"{case.ratio(name):.2f}" for name in baselines),
-            f"{aligned.bytes_fraction:.1%}",
-            f"{aligned.bytes_per_row:.0f}",
-            f"{aligned.ns_per_row:.2f}",
-            f"{aligned.gb_per_s:.1f}",
-            f"{aligned.relative_error:.0e}",
-            f"{case.variants[STREAM].relative_error:.0e}",
-            "never" if case.least_context == NEVER else str(case.least_context),
-            f"{case.break_even:.1%}",
-            f"{case.variants[DEFAULT].bytes_fraction:.1%}",
-            f"{case.over_better:.3f}",
-        )
-    return found
-
-
-def _derived(case: Case) -> dict[str, object]:
-    """What the JSON holds beside the fields of a case."""
-    ratios: dict[str, object] = {"ratios": {name: case.ratio(name) for name in case.variants}}
-    return ratios | {"over_better": case.over_better} if case.variants else ratios
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    found = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("heads", "context", "dtype"):
-        found.add_column(name, no_wrap=True)
-    for name in columns:
-        found.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    return found
-
-
 def parse_shape(text: str) -> Shape:
     try:
         query_heads, heads, head_dim = (int(part) for part in text.split("/"))
@@ -369,6 +244,7 @@ def main(
     max_gib: Annotated[float, typer.Option(min=0.1, help="Skip cases that need more memory.")] = 12.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own default if not given.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write one table to this file.")] = None,
 ) -> None:
     """Time the attention operator alone, in turns with stock attention. Run on an otherwise idle machine."""
     if threads is not None:
@@ -406,12 +282,16 @@ def main(
         "environment": asdict(describe()),
         "plan": asdict(plan) | {"accuracy": accuracy},
         "descriptions": DESCRIPTIONS,
-        "cases": [asdict(case) | _derived(case) for case in cases],
+        "cases": [asdict(case) | derived(case) for case in cases],
     }
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=2) + "\n")
         console.print(f"results: {json_path}")
+    if markdown_path is not None:
+        markdown_path.parent.mkdir(parents=True, exist_ok=True)
+        markdown_path.write_text(markdown(cases), encoding="utf-8")
+        console.print(f"table: {markdown_path}")
 
 
 if __name__ == "__main__":

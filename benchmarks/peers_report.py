@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from alignedkv_compile.plots.fit import Line, break_even, fit_line
-from attention import Measured
+from attention_report import Measured
 from attention_variants import ALIGNED, STREAM
 
 OURS = (ALIGNED, STREAM)

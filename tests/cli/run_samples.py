@@ -23,7 +23,7 @@ from alignedkv_compile.evaluate.result import Settings as EvalSettings
 from alignedkv_compile.evaluate.scores import Score
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from attention import Case, Measured
+from attention_report import Case, Measured
 
 MACHINE = Environment(
     cpu="A Processor",

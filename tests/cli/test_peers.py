@@ -22,7 +22,7 @@ import peers  # isort: skip
 import peers_ggml  # isort: skip
 import peers_onnxruntime as onnx_peers  # isort: skip
 import peers_report as report  # isort: skip
-from attention import Measured  # isort: skip
+from attention_report import Measured  # isort: skip
 from attention_inputs import Layer, Shape, exact_attention, synthetic  # isort: skip
 from attention_variants import Prepared  # isort: skip
 from peers_base import Copy, Peer, PeerRefusalError, require  # isort: skip
