@@ -6,13 +6,15 @@
 
 Every call is one decode step of one layer. A model reads another layer's cache at each call, so no cache is warm when its turn
 comes: the benchmark keeps copies of K, V and planes until they take ``--footprint-mib`` together and goes round them.
-Variants take turns in every round, a round starts with another variant each time, and medians over rounds are reported.
+Variants take turns in every round, in an order drawn anew, since a turn is not independent of whose was before it; medians over
+rounds are reported.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -92,9 +94,9 @@ def measure(layers: Sequence[Layer], calls: dict[str, Call], plan: Plan, default
         item.counters.zero_()
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for round_ in range(plan.rounds):
-        for turn in range(len(names)):
-            name = names[(round_ + turn) % len(names)]
+    draw = random.Random(0)
+    for _ in range(plan.rounds):
+        for name in draw.sample(names, len(names)):
             rounds[name].append(time_calls(calls[name], prepared, bursts[name]))
     bytes_read = {name: float(layers[0].bytes_full) for name in names}
     for row, name in ((0, ALIGNED), (2, DEFAULT)):
