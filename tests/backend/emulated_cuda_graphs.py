@@ -1,11 +1,11 @@
 """CUDA graphs on a CPU: what Inductor would capture is "recorded" with its inputs' addresses, and "replayed" with those only.
 
-Inductor hands what it compiled to a ``CUDAGraphPolicy``, with the numbers of the inputs that are static and of those that are
-written. From there on this does as ``torch._inductor.cudagraph_trees`` does: its own ``check_for_mutation`` decides whether to
-capture at all; a first call warms up; a recording belongs to the integers and to the addresses of the static inputs; a replay
-copies the other inputs to addresses of the recording's, and its outputs lie where those of the last replay lay. A replay
-is the compiled code itself, run on the *recorded* tensors, so that whatever should have been followed and was not shows as
-a wrong result.
+Inductor hands what it compiled to its own ``cudagraphify``, with the numbers of the inputs that are static and of those that
+are written; here another function takes its place. From there on this does as ``torch._inductor.cudagraph_trees`` does: its
+``check_for_mutation`` decides whether to capture at all; a first call warms up; a recording belongs to the integers and to the
+addresses of the static inputs; a replay copies the other inputs to addresses of the recording's, and its outputs lie where
+those of the last replay lay. A replay is the compiled code itself, run on the *recorded* tensors, so that whatever should have
+been followed and was not shows as a wrong result.
 
 Not emulated: streams, the memory pool, outputs of one graph as inputs of the next, what may not be captured.
 """
@@ -18,8 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._inductor import config, cudagraph_utils, output_code
-from torch._inductor.cudagraph_utils import CUDAGraphPolicy, FunctionID, WrappedFunction, check_for_mutation
+from torch._inductor import compile_fx, config, cudagraph_utils, output_code
+from torch._inductor.cudagraph_utils import FunctionID, WrappedFunction, check_for_mutation
 
 
 class Recording:
@@ -78,15 +78,13 @@ class CapturedFunction:
         return self.recordings[key].replay(inputs)
 
 
-class EmulatedCudaGraphs(CUDAGraphPolicy):
+class EmulatedCudaGraphs:
     """Collects the functions that Inductor wants captured, in the order of compilation."""
 
     def __init__(self) -> None:
         self.functions: list[CapturedFunction] = []
 
-    def cudagraphify(  # type: ignore[override]
-        self, model: Callable[..., Any], example_inputs: object, static_input_idxs: Sequence[int], **given: Any
-    ) -> CapturedFunction:
+    def cudagraphify(self, model: Callable[..., Any], static_input_idxs: Sequence[int] = (), **given: Any) -> CapturedFunction:
         number = FunctionID(len(self.functions))
         function = WrappedFunction(
             model, tuple(static_input_idxs), number, given["constants"], given["placeholders"], given["mutated_input_idxs"]
@@ -98,18 +96,18 @@ class EmulatedCudaGraphs(CUDAGraphPolicy):
 @contextlib.contextmanager
 def emulated_cuda_graphs() -> Iterator[EmulatedCudaGraphs]:
     """Within, graphs compiled for the CPU that ask for CUDA graphs get them."""
-    policy = EmulatedCudaGraphs()
+    graphs = EmulatedCudaGraphs()
     post_compile = output_code.CompiledFxGraph.post_compile
 
     def on_device_0(self: Any, *args: Any, **kwargs: Any) -> None:
         self.device_idxs = {0}
         post_compile(self, *args, **kwargs)
 
-    uncached = {"fx_graph_cache": False, "cudagraph_policy": policy}
     with (
-        config.patch(uncached),
+        config.patch({"fx_graph_cache": False, "graph_partition": False}),
         torch._functorch.config.patch(enable_autograd_cache=False),
         patch.object(output_code.CompiledFxGraph, "post_compile", on_device_0),
+        patch.object(compile_fx, "cudagraphify", graphs.cudagraphify),
         patch.object(cudagraph_utils, "check_lowering_disable_cudagraph", lambda devices: None),  # "cpu device"
     ):
-        yield policy
+        yield graphs
