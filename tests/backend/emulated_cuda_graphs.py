@@ -18,8 +18,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from captured_function import function_to_capture
 from torch._inductor import compile_fx, config, cudagraph_utils, output_code
-from torch._inductor.cudagraph_utils import FunctionID, WrappedFunction, check_for_mutation
+from torch._inductor.cudagraph_utils import WrappedFunction, check_for_mutation
 
 
 class Recording:
@@ -85,10 +86,7 @@ class EmulatedCudaGraphs:
         self.functions: list[CapturedFunction] = []
 
     def cudagraphify(self, model: Callable[..., Any], static_input_idxs: Sequence[int] = (), **given: Any) -> CapturedFunction:
-        number = FunctionID(len(self.functions))
-        function = WrappedFunction(
-            model, tuple(static_input_idxs), number, given["constants"], given["placeholders"], given["mutated_input_idxs"]
-        )
+        function = function_to_capture(model, static_input_idxs, given, len(self.functions))
         self.functions.append(CapturedFunction(model, function))
         return self.functions[-1]
 

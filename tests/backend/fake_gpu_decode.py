@@ -17,9 +17,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from captured_function import function_to_capture
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx, config
-from torch._inductor.cudagraph_utils import FunctionID, WrappedFunction, check_for_mutation
+from torch._inductor.cudagraph_utils import check_for_mutation
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -87,9 +88,7 @@ def decisions(name: str, *, marked: bool) -> list[dict[str, Any]]:
 
     def record(model: object, static_input_idxs: Sequence[int] = (), **given: Any) -> Callable[..., object]:
         inputs, written = len(given["placeholders"]), given["mutated_input_idxs"]
-        function = WrappedFunction(
-            _stop, tuple(static_input_idxs), FunctionID(0), given["constants"], given["placeholders"], written
-        )
+        function = function_to_capture(_stop, static_input_idxs, given)
         found.append(
             {
                 "devices": sorted(devices),
