@@ -81,16 +81,18 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_script_measures_every_variant(tmp_path: Path):
-    path = tmp_path / "attention.json"
+    path, table = tmp_path / "attention.json", tmp_path / "attention.md"
     arguments = ["--contexts", "256", "--shapes", "4/2/32", "--dtypes", "bfloat16", "--rounds", "1"]
-    result = run_script(*arguments, "--burst-ms", "0", "--footprint-mib", "0", "--keys", "16", "--json", str(path))
+    arguments += ["--burst-ms", "0", "--footprint-mib", "0", "--keys", "16", "--json", str(path), "--markdown", str(table)]
+    result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
     (case,) = json.loads(path.read_text())["cases"]
-    assert set(case["ratios"]) == {"aligned", "stream", "sdpa packed", "sdpa repeated", "sdpa enable_gqa"}
+    assert set(case["ratios"]) == {"aligned", "stream", "default", "sdpa packed", "sdpa repeated", "sdpa enable_gqa"}
     for variant in case["variants"].values():
         assert variant["median_ms"] > 0
         assert variant["relative_error"] < 0.02
     assert case["variants"]["stream"]["bytes_fraction"] == 1.0
+    assert table.read_text().splitlines()[2].startswith("| 4/2/32 | 256 | bf16 | ")
 
 
 def test_script_refuses_bad_shapes():
