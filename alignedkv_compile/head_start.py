@@ -62,11 +62,17 @@ def install(backend: Callable[..., object]) -> HeadStart:
     """Have Dynamo begin when it first compiles for ``backend``, which has to wait before it calls Inductor."""
     head_start = HeadStart(torch_private.instruction_set_checks)
 
-    def begin() -> None:
+    def is_wanted() -> bool:
         # Another backend would not wait, and what Inductor keeps is not made for two threads that ask the same.
         announced, options = torch_private.announced_backend()
-        if announced is backend and not torch_private.sets_cpp(options) and not torch_private.has_accelerator():
-            head_start.begin()
+        return announced is backend and not torch_private.sets_cpp(options) and not torch_private.has_accelerator()
+
+    def begin() -> None:
+        try:
+            if is_wanted():
+                head_start.begin()
+        except Exception as error:  # which would end a compilation, and those of other backends begin here, too
+            _log.debug("no head start: %s: %s", type(error).__name__, error)
 
     # A compilation that never gets to its backend is waited for at its end: from there on, others may call Inductor.
     torch_private.around_compilations(begin, head_start.wait)

@@ -142,6 +142,20 @@ def test_not_beside_an_accelerator(work: Work, monkeypatch: pytest.MonkeyPatch) 
     assert not work.begun.is_set()
 
 
+@pytest.mark.parametrize("asked", ["announced_backend", "instruction_set_checks"])
+def test_what_goes_wrong_ends_no_compilation(work: Work, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    def fails() -> None:
+        failures.append(asked)
+        raise AttributeError("another release of torch")
+
+    failures: list[str] = []
+    monkeypatch.setattr(torch_private, asked, fails)
+    started = install(backend)
+    assert torch.compile(double, backend=backend)(torch.ones(2)).tolist() == [2, 2]
+    started.wait()
+    assert failures == [asked]
+
+
 def test_a_compilation_that_never_gets_to_its_backend_waits_at_its_end(work: Work) -> None:
     def breaks(x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
