@@ -2,7 +2,7 @@
 query heads of a group have in common, and on how far values point one way.
 
 The numbers are near those of SmolLM2-135M, on the side of more bytes: ``benchmarks/capture.py`` prints the model's for the
-decode step that it captures, and ``docs/benchmarks.md`` has the bytes that both need.
+decode step that it captures, and ``docs/operator.md`` has the bytes that both need.
 """
 
 from __future__ import annotations
