@@ -10,10 +10,10 @@ from functools import partial
 import torch.fx
 
 from . import lowering, passes, torch_private
+from .around_compilations import install
 from .contract import Outcome, SiteReport
 from .cost import priced
 from .errors import DeclinedError, UnknownOptionError
-from .head_start import install
 from .logs import describe_site, log_rewritten, log_sites
 from .options import Options, parse
 from .outlined import OutlinedGraph

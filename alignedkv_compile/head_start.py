@@ -12,8 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from . import torch_private
-
 _log = logging.getLogger(__name__)
 
 Task = Callable[[], object]
@@ -56,24 +54,3 @@ class HeadStart:
                 task()
             except Exception as error:
                 _log.debug("left to Inductor: %s: %s", type(error).__name__, error)
-
-
-def install(backend: Callable[..., object]) -> HeadStart:
-    """Have Dynamo begin when it first compiles for ``backend``, which has to wait before it calls Inductor."""
-    head_start = HeadStart(torch_private.instruction_set_checks)
-
-    def is_wanted() -> bool:
-        # Another backend would not wait, and what Inductor keeps is not made for two threads that ask the same.
-        announced, options = torch_private.announced_backend()
-        return announced is backend and not torch_private.sets_cpp(options) and not torch_private.has_accelerator()
-
-    def begin() -> None:
-        try:
-            if is_wanted():
-                head_start.begin()
-        except Exception as error:  # which would end a compilation, and those of other backends begin here, too
-            _log.debug("no head start: %s: %s", type(error).__name__, error)
-
-    # A compilation that never gets to its backend is waited for at its end: from there on, others may call Inductor.
-    torch_private.around_compilations(begin, head_start.wait)
-    return head_start

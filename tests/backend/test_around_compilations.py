@@ -1,8 +1,9 @@
-"""What is found out about the C++ compiler while Dynamo traces: for whom it begins, and who waits for it."""
+"""What is done around compilations: the C++ compiler is asked while Dynamo traces, and cycles are not collected."""
 
 from __future__ import annotations
 
 import contextvars
+import gc
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from alignedkv_compile import torch_private
-from alignedkv_compile.head_start import HeadStart, install
+from alignedkv_compile.around_compilations import CollectorPause, install
+from alignedkv_compile.head_start import HeadStart
 
 
 class Work:
@@ -191,3 +193,56 @@ print(torch.compile(lambda x: 2 * x, backend="alignedkv")(torch.ones(2)).tolist(
 """
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert result.stdout.split("\n")[:2] == ["known", "[2.0, 2.0]"]
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """On before the test and after it."""
+    gc.enable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_as_it_was_after_a_pause(collector: None, enabled: bool) -> None:
+    if not enabled:
+        gc.disable()
+    pause = CollectorPause()
+    pause.end()  # nothing was begun
+    for _ in range(2):
+        assert gc.isenabled() is enabled
+        pause.begin()
+        assert not gc.isenabled()
+        pause.end()
+    assert gc.isenabled() is enabled
+
+
+def test_cycles_are_not_collected_while_a_graph_of_ours_is_compiled(work: Work, collector: None) -> None:
+    seen = []
+
+    def sees(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+        seen.append(gc.isenabled())
+        if len(seen) > 1:
+            raise RuntimeError("cannot compile")
+        return gm.forward
+
+    install(sees)
+    work.may_end.set()
+    torch.compile(double, backend=sees)(torch.ones(2))
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="cannot compile"):
+        torch.compile(lambda x: 3 * x, backend=sees)(torch.ones(2))
+    assert seen == [False, False]
+    assert gc.isenabled()
+
+
+def test_cycles_are_collected_while_another_backend_compiles(work: Work, collector: None) -> None:
+    seen = []
+
+    def sees(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+        seen.append(gc.isenabled())
+        return gm.forward
+
+    install(backend)
+    torch.compile(double, backend=sees)(torch.ones(2))
+    assert seen == [True]
