@@ -15,8 +15,8 @@ _log = logging.getLogger(__name__)
 class CollectorPause:
     """Python's collector of cycles does not run between :meth:`begin` and :meth:`end`, where it would have.
 
-    A trace allocates some hundred thousand objects, nearly all of which stay, and each time that their number has grown by a
-    quarter the collector looks through every object of the process.
+    A trace allocates some hundred thousand objects. Most of them stay, and whenever those that stay have become a quarter more
+    the collector looks through every object of the process.
     """
 
     def __init__(self) -> None:
@@ -29,10 +29,16 @@ class CollectorPause:
             self._paused = True
 
     def end(self) -> None:
-        """Undo what :meth:`begin` did."""
-        if self._paused:
-            self._paused = False
-            gc.enable()
+        """Collect what was allocated since :meth:`begin`, once, and undo what that did."""
+        if not self._paused:
+            return
+        self._paused = False
+        gc.collect(generation=0)
+        if gc.get_freeze_count() == 0:  # else unfreezing would undo what the user did
+            # What is left is old from now on and not counted as new, or all objects were looked through at the next occasion.
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()
 
 
 def install(backend: Callable[..., object]) -> HeadStart:

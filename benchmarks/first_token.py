@@ -4,7 +4,8 @@
     python benchmarks/first_token.py --layers 12 --json results/first-token.json
 
 A random Llama of SmolLM2-135M's shape, bf16, decodes over a StaticCache after an eager prompt. The first token is timed in a
-process of its own for each variant, with an empty folder for Inductor's caches (cold) and once more with what that left (warm).
+process of its own for each variant, with an empty folder for Inductor's caches (cold) and again with what that left (warm): the
+median of several processes.
 Later tokens are timed in one process, one graph of shared layers and one whole graph in turns.
 """
 
@@ -41,11 +42,12 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Seconds from the call of the compiled model to its result."""
+    """Seconds from the call of the compiled model to its result, ``warm`` the median of ``warm_runs``."""
 
     variant: str
     cold: float
     warm: float
+    warm_runs: tuple[float, ...]
 
 
 class Decoder:
@@ -104,6 +106,7 @@ def later_tokens(layers: int, rounds: int) -> dict[str, float]:
 
 def main(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 30,
+    warm_runs: Annotated[int, typer.Option(min=1, help="Processes with full caches, of each variant.")] = 5,
     rounds: Annotated[int, typer.Option(help="Later tokens of each variant.")] = 300,
     only_first: Annotated[str, typer.Option(hidden=True)] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
@@ -117,7 +120,8 @@ def main(
     firsts = []
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
-            firsts.append(FirstToken(variant, in_a_process(variant, layers, folder), in_a_process(variant, layers, folder)))
+            cold, *warm = (in_a_process(variant, layers, folder) for _ in range(1 + warm_runs))
+        firsts.append(FirstToken(variant, cold, statistics.median(warm), tuple(warm)))
         table.add_row(variant, f"{firsts[-1].cold:.1f}", f"{firsts[-1].warm:.1f}")
     console.print(table)
     later = later_tokens(layers, rounds)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -197,10 +198,19 @@ print(torch.compile(lambda x: 2 * x, backend="alignedkv")(torch.ones(2)).tolist(
 
 @pytest.fixture
 def collector() -> Iterator[None]:
-    """On before the test and after it."""
+    """On before the test and after it, with nothing frozen."""
     gc.enable()
+    gc.unfreeze()
     yield
     gc.enable()
+    gc.unfreeze()
+
+
+class Cycle:
+    """Goes with the collector only."""
+
+    def __init__(self) -> None:
+        self.itself = self
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -215,6 +225,47 @@ def test_the_collector_is_as_it_was_after_a_pause(collector: None, enabled: bool
         assert not gc.isenabled()
         pause.end()
     assert gc.isenabled() is enabled
+
+
+def test_cycles_of_a_pause_are_collected_at_its_end(collector: None) -> None:
+    pause = CollectorPause()
+    pause.begin()
+    alive = weakref.ref(Cycle())
+    assert alive() is not None
+    pause.end()
+    assert alive() is None
+
+
+def test_what_stays_is_old_and_no_reason_for_a_full_collection(collector: None) -> None:
+    full_collections = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            full_collections.append(info)
+
+    pause = CollectorPause()
+    pause.begin()
+    kept = [[] for _ in range(2 * len(gc.get_objects()))]  # far more than a quarter
+    pause.end()
+    assert gc.get_freeze_count() == 0
+    assert any(each is kept for each in gc.get_objects(generation=2))
+    gc.callbacks.append(note)
+    try:
+        passing = [[] for _ in range(100_000)]
+    finally:
+        gc.callbacks.remove(note)
+    assert full_collections == []
+    assert len(kept) > len(passing)
+
+
+def test_what_a_user_froze_stays_frozen(collector: None) -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    pause = CollectorPause()
+    pause.begin()
+    pause.end()
+    assert gc.get_freeze_count() >= frozen > 0
+    assert gc.isenabled()
 
 
 def test_cycles_are_not_collected_while_a_graph_of_ours_is_compiled(work: Work, collector: None) -> None:
