@@ -31,7 +31,7 @@ TORCH_TESTS := tests/packaging/test_names.py tests/passes tests/state tests/back
 TYPED := build/typed/alignedkv_compile
 PARTS := bench_models cache capacity compare cost demo evaluate metrics plots state top
 
-.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-first bench-storage bench-peers bench-gpu sweep-gpu gpu-codegen zoo clean
+.PHONY: help venv demo demo-quick eval eval-read docs test test-all test-torch lint format typecheck bench bench-quick bench-rows bench-first bench-storage bench-caches bench-peers bench-gpu sweep-gpu gpu-codegen zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -115,6 +115,9 @@ bench-first: $(STAMP)  ## the first compiled token of 30 layers, and what shared
 
 bench-storage: $(STAMP)  ## one layer over a cache made of planes, beside planes next to a cache (about 4 minutes)
 	$(BIN)/python benchmarks/storages.py --json results/storages.json $(BENCH_ARGS)
+
+bench-caches: $(STAMP)  ## a token of SmolLM2 over each kind of cache (about 7 minutes)
+	$(BIN)/python benchmarks/cache_tokens.py --json results/cache-tokens.json $(BENCH_ARGS)
 
 bench-peers: $(PEERS_STAMP)  ## the operator beside SDPA, flex_attention, ONNX Runtime, OpenVINO and ggml (BENCH_ARGS="--only NAMES" for some)
 	$(BIN)/python benchmarks/peers.py --json results/peers.json --markdown results/peers.md $(BENCH_ARGS)

@@ -34,15 +34,16 @@ class Past:
         """A new ``StaticCache`` of ``capacity`` rows that holds the first ``length`` tokens."""
         from transformers import StaticCache
 
-        return self._fill(StaticCache(config=self.config, max_cache_len=capacity), length)
+        return self.fill(StaticCache(config=self.config, max_cache_len=capacity), length)
 
     def dynamic_cache(self, length: int) -> Any:
         """A new ``DynamicCache`` that holds the first ``length`` tokens."""
         from transformers import DynamicCache
 
-        return self._fill(DynamicCache(config=self.config), length)
+        return self.fill(DynamicCache(config=self.config), length)
 
-    def _fill(self, cache: Any, length: int) -> Any:
+    def fill(self, cache: Any, length: int) -> Any:
+        """``cache``, which is empty, with the first ``length`` tokens."""
         for index, (key, value) in enumerate(self.layers):
             cache.update(key[:, :, :length].clone(), value[:, :, :length].clone(), index)
         return cache
