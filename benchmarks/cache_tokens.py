@@ -56,7 +56,8 @@ def measure(
 ) -> list[Measured]:
     """All caches of a kind with the first ``context`` rows, over the tokens that follow them."""
     torch._dynamo.reset()
-    forward = torch.compile(model.forward, backend="alignedkv", options={"tolerance": tolerance})
+    options: dict[str, Any] = {"tolerance": tolerance}
+    forward = torch.compile(model.forward, backend="alignedkv", options=options)
     caches = {name: make(past, kind, context, context + (1 + rounds) * BURST) for name, make in _makers().items()}
     times: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(1 + rounds):
