@@ -48,9 +48,8 @@ def install(backend: Callable[..., object]) -> HeadStart:
     def begin() -> None:
         try:
             announced, options = torch_private.announced_backend()
-            if (
-                announced is not backend
-            ):  # which would not wait, and what Inductor keeps is not made for two threads that ask the same
+            # Another backend would not wait, and what Inductor keeps is not made for two threads that ask the same.
+            if announced is not backend:
                 return
             pause.begin()
             if not torch_private.sets_cpp(options) and not torch_private.has_accelerator():
