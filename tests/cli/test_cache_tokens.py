@@ -1,4 +1,4 @@
-"""``make bench-caches``, on a tiny random model: every kind of cache decodes, and holds the bytes that it is said to."""
+"""``make bench-caches``, on a tiny random model: every kind of cache decodes, and holds bytes in the order of its bits."""
 
 from __future__ import annotations
 
